@@ -1,0 +1,3800 @@
+#!/usr/bin/env python3
+"""Run all background tasks of a small installation, woken by one crontab line.
+
+    param file + arguments -> Settings -> tasks.d -> Task -> Schedule -> Store -> Runner -> Keeper
+    -> Store -> reports
+
+The sections below stand in the order of that walk, and each uses only what stands above it:
+errors and exit codes, clock, param file, settings, schedule, tasks, store, keeper, runner, reports,
+command line. Only the Store knows SQL; only the Clock asks the machine for the time; only the
+command line and the keeper's entry print or exit.
+
+What may be relied on: the command line, its exit codes and its JSON keys (they are only added to),
+the param file, and the contract with tasks. The Python names in this file may change.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036  # pragma: no cover (an old Python must read one line)
+    sys.exit("bgtasks: needs Python 3.9 or newer, this is " + sys.version.split()[0])
+
+import errno
+import os
+import sqlite3
+import stat
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from datetime import datetime, timezone
+
+__version__ = "0.1.0"
+
+# A wake-up that finds nothing due must cost next to nothing, and every import counts: `typing`, `re`
+# or `json` each take about half as long as Python's own start. So those stand inside the functions
+# that need them, and the names for type checkers here.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NamedTuple, NoReturn, Protocol
+else:
+
+    class _Value(type):
+        """Stands in for `typing.NamedTuple`: the annotations of a class become its fields."""
+
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body.get("__annotations__", {})
+            defaults = [body.pop(field) for field in fields if field in body]
+            base = namedtuple(name, fields, defaults=defaults)
+            return type(name, (base,), {**body, "__slots__": ()})
+
+    class NamedTuple(metaclass=_Value):
+        pass
+
+    Any = Protocol = object
+
+
+# --- Errors and exit codes ------------------------------------------------------------------------
+# What can go wrong, and the exit code that says so (names of sysexits.h; design of the codes in the
+# README). An error raised here is one the reader can mend: one line, without a traceback.
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 64
+EXIT_DATA = 65
+EXIT_NO_TASK = 66
+EXIT_UNAVAILABLE = 69
+EXIT_BUG = 70
+EXIT_SYSTEM = 71
+EXIT_CANNOT_CREATE = 73
+EXIT_IO = 74
+EXIT_BUSY = 75
+EXIT_REFUSED = 77
+EXIT_CONFIG = 78
+EXIT_TIMED_OUT = 124
+
+
+class BgtasksError(Exception):
+    """Something the reader of the message can mend; shown as one line."""
+
+    exit_code = EXIT_BUG
+
+
+class UsageError(BgtasksError):
+    exit_code = EXIT_USAGE
+
+
+class DataError(BgtasksError):
+    """The state is damaged, or not ours."""
+
+    exit_code = EXIT_DATA
+
+
+class NoTaskError(BgtasksError):
+    exit_code = EXIT_NO_TASK
+
+
+class UnavailableError(BgtasksError):
+    exit_code = EXIT_UNAVAILABLE
+
+
+class ProcessError(BgtasksError):
+    """The system would not give us a process, a file descriptor or memory."""
+
+    exit_code = EXIT_SYSTEM
+
+
+class CreateError(BgtasksError):
+    exit_code = EXIT_CANNOT_CREATE
+
+
+class StorageError(BgtasksError):
+    """The disk is full, failed, or the state file was taken away under us."""
+
+    exit_code = EXIT_IO
+
+
+class BusyError(BgtasksError):
+    exit_code = EXIT_BUSY
+
+
+class RefusedError(BgtasksError):
+    """The wrong user, or permissions that would let somebody else decide what runs."""
+
+    exit_code = EXIT_REFUSED
+
+
+class ConfigError(BgtasksError):
+    exit_code = EXIT_CONFIG
+
+
+class TaskError(BgtasksError):
+    """A task file or schedule cannot be used; kept as the reason why the task is broken."""
+
+    exit_code = EXIT_FAILED
+
+
+class MissingPackageError(TaskError):
+    """A package that this task needs is not installed; may be right at the next look."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the known name that is like ``name``, or nothing."""
+    import difflib
+
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with everything that could steer a terminal or forge a line made visible."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+def shortened(text: str, width: int = 80) -> str:
+    """Return ``text`` on one visible line of at most ``width`` characters."""
+    text = visible(text)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+# --- Clock ----------------------------------------------------------------------------------------
+# The only place that asks the machine for the time. Wall time (Unix seconds) answers "is it due";
+# every budget, deadline and duration runs on the monotonic clock, which nobody can set.
+
+
+class Clock:
+    """The machine's time; tests hand in one of their own."""
+
+    def now(self) -> float:
+        """Return the wall time in Unix seconds."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Return seconds that only ever grow, the same for all processes since the boot."""
+        return time.monotonic()
+
+    def wait(self, seconds: float, readable: Sequence[int] = ()) -> None:
+        """Wait until a descriptor of ``readable`` can be read, at most ``seconds``."""
+        import select
+
+        select.select(readable, (), (), max(0.0, seconds))
+
+
+def iso(moment: float | None, zone: Any = None) -> str | None:
+    """Return Unix seconds as ISO 8601 with offset, in the machine's zone if ``zone`` is None."""
+    if moment is None:
+        return None
+    local = datetime.fromtimestamp(moment, timezone.utc).astimezone(zone)
+    return local.isoformat(timespec="seconds")
+
+
+# --- Param file -----------------------------------------------------------------------------------
+# A path goes in, its `key = value` lines with their numbers come out. Nothing here knows which keys
+# there are. Files that somebody else could have written are refused, here and for tasks.
+
+PARAM_FILE_BYTES = 1 << 20
+
+
+class Param(NamedTuple):
+    where: str  # file:line
+    key: str
+    value: str
+
+
+def refuse_unsafe(info: os.stat_result, path: str, what: str) -> None:
+    """Raise RefusedError if others can write what ``info`` was read of, or own it.
+
+    The rule of sudo, sshd and logrotate: it belongs to root or to us, and nobody else may write it,
+    but for the group that has no member but us.
+    """
+    if sys.platform == "win32":
+        return
+    mode, me = stat.S_IMODE(info.st_mode), os.geteuid()
+    text = f"{path}: {what}: unsafe (mode {mode:03o}, owner uid {info.st_uid})"
+    if info.st_uid not in (0, me):
+        raise RefusedError(f"{text}: it belongs to somebody else; chown {me} {path}")
+    if mode & 0o002 or (mode & 0o020 and not _is_private_group(info.st_gid, me)):
+        raise RefusedError(f"{text}: others can write it; chmod go-w {path}")
+
+
+def _is_private_group(gid: int, uid: int) -> bool:
+    """Tell whether a group is the one that was made for a user alone: his name, no other members."""
+    if gid == 0:
+        return True
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    alone = set(group.gr_mem) <= {user.pw_name}
+    return user.pw_gid == gid and group.gr_name == user.pw_name and alone
+
+
+def refuse_unsafe_parents(path: str) -> None:
+    """Raise RefusedError if somebody else could put another file in the place of a real path."""
+    if sys.platform == "win32":
+        return
+    folder = os.path.dirname(path)
+    while True:
+        info = os.stat(folder)
+        if not info.st_mode & stat.S_ISVTX or info.st_uid not in (0, os.geteuid()):
+            refuse_unsafe(info, folder, "folder")
+        if folder == os.path.dirname(folder):
+            return
+        folder = os.path.dirname(folder)
+
+
+def read_param_file(path: str, is_secret: Callable[[str], bool]) -> list[Param]:
+    """Return the lines of a param file. Raises ConfigError, or RefusedError if it is not safe."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except PermissionError:
+        raise RefusedError(f"{path}: you may not read it; run it as its owner") from None
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or str(error)
+        way_out = "copy cron.params.distrib there, or name another with --param_file"
+        raise ConfigError(f"{shortened(path, 400)}: cannot be read ({what}); {way_out}") from None
+    with open(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > PARAM_FILE_BYTES:
+            raise ConfigError(f"{path}: is no plain file of at most 1 MiB; name another")
+        refuse_unsafe(info, path, "param file")
+        refuse_unsafe_parents(os.path.realpath(path))
+        params = parse_params(file.read(PARAM_FILE_BYTES), path)
+    others = sys.platform != "win32" and info.st_mode & 0o077
+    for param in params:
+        if others and param.value and is_secret(param.key):
+            raise RefusedError(f"{param.where}: others can read {param.key}; chmod 600 {path}")
+    return params
+
+
+def parse_params(content: bytes, path: str = "cron.params") -> list[Param]:
+    """Return the ``key = value`` lines; the value ends at a comment, quotes keep everything."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    if "\0" in text:
+        raise ConfigError(f"{path}: byte {content.index(0)} is NUL; save it as UTF-8") from None
+    params: list[Param] = []
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        line = line.strip()
+        if line and line[0] != "#":
+            key, equals, value = line.partition("=")
+            where = f"{path}:{number}"
+            if not equals or not key.strip():
+                raise ConfigError(f"{where}: {shortened(line, 60)!r} is not a line: key = value")
+            params.append(Param(where, key.strip(), _value(value.strip(), where)))
+    return params
+
+
+def _value(text: str, where: str) -> str:
+    if text[:1] in ('"', "'"):
+        value, closing, rest = text[1:].partition(text[0])
+        if not closing or (rest.strip() and rest.strip()[0] != "#"):
+            raise ConfigError(f"{where}: a quoted value ends with {text[0]} and nothing after it")
+        return value
+    value, comment, _ = text.partition("#")
+    if comment and value and not value[-1].isspace():
+        raise ConfigError(f"{where}: '#' touches the value; quote it, or put a blank before '#'")
+    return value.strip()
+
+
+# --- Settings -------------------------------------------------------------------------------------
+# Param files and arguments go in; one checked value comes out. The table OPTIONS is the only place
+# where a setting exists: it makes keys, flags, help and cron.params.distrib.
+
+SECRET_WORDS = ("pwd", "pass", "token", "secret", "key", "dsn")
+SHORTEST_MASKED = 6
+
+
+def read_plain(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be text on one line")
+    return text
+
+
+def read_path(text: str) -> str:
+    if not read_plain(text) or text[0] == "~":
+        raise ValueError("must be a path, written out in full ('~' and '$' mean nothing here)")
+    return text
+
+
+def read_boolean(text: str) -> bool:
+    if text.lower() not in ("1", "0", "true", "false", "yes", "no", "on", "off"):
+        raise ValueError("must be 1, 0, true, false, yes, no, on or off")
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def read_number(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        digits = text.isascii() and text.isdigit() and len(text) <= 9
+        if not digits or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def read_duration(text: str) -> float:
+    """Return the seconds of ``90``, ``90 s``, ``10 min``, ``2 h``, ``7 d`` or ``2 w``."""
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = text[len(digits) :].strip()
+    sizes = {"": 1, "s": 1, "sec": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+    sizes.update({"second": 1, "minute": 60, "hour": 3600, "day": 86400, "week": 604800})
+    size = sizes.get(unit) or sizes.get(unit.rstrip("s"))
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 9 and size):
+        raise ValueError("must be seconds, or a duration such as '10 min', '2 h', '7 d'")
+    return float(int(digits) * size)
+
+
+def read_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in read_plain(text).split(",") if name.strip())
+
+
+def read_zone(text: str) -> str:
+    import zoneinfo
+
+    try:
+        zoneinfo.ZoneInfo(text)
+    except (KeyError, ValueError, OSError):
+        hint = nearest(text[:80], zoneinfo.available_timezones())
+        raise ValueError(f"is no zone of this machine{hint}; without zones: pip install tzdata")
+    return text
+
+
+class Option(NamedTuple):
+    """One setting: how its text is read, its default, and what it is for."""
+
+    key: str
+    read: Callable[[str], Any]
+    default: str
+    help: str
+    flag_only: bool = False
+
+
+OPTIONS = (
+    Option("param_file", read_names, "", "param files, comma-separated; the last one wins", True),
+    Option("auth_user", read_plain, "", "login of an administrator, once one is registered"),
+    Option("auth_pwd", read_plain, "", "its password; as an argument others see it in ps"),
+    Option("verbose", read_boolean, "0", "say each start and end, and the status afterwards"),
+    Option("status_only", read_boolean, "0", "show the status and leave; changes nothing"),
+    Option("dry_run", read_boolean, "0", "say what a wake-up would start, and start nothing"),
+    Option(
+        *("cron_max_execution_time", read_number(0, 86400), "600"),
+        "seconds a wake-up stays; 0: look once, run what is due, leave",
+    ),
+    Option("cron_sleep", read_number(1, 3600), "2", "seconds between two looks for changes"),
+    Option("cron_limit", read_number(0, 1_000_000), "0", "most runs a wake-up starts; 0: no limit"),
+    Option("max_parallel", read_number(1, 64), "1", "runs at the same time"),
+    Option("tasks_dir", read_path, "tasks.d", "folder of the tasks"),
+    Option("state_dir", read_path, "state", "folder of the state, on a local disk"),
+    Option("maintenance_flag", read_path, "maintenance", "while this file exists nothing starts"),
+    Option("node", read_plain, "", "name of this machine; empty: as the machine calls itself"),
+    Option("timezone", read_zone, "", "zone of the schedules, Europe/Berlin; empty: the machine's"),
+    Option(
+        *("email_asynchronous", read_number(0, 0), "0"),
+        "must be 0: this version sends no mail",
+    ),
+    Option("task", read_names, "", "start only these tasks, comma-separated", True),
+    Option("exclude_task", read_names, "", "do not start these tasks", True),
+    Option("group", read_names, "", "start only tasks of these groups", True),
+    Option("exclude_group", read_names, "", "do not start tasks of these groups", True),
+)
+PATHS = ("tasks_dir", "state_dir", "maintenance_flag")
+
+
+class Override(NamedTuple):
+    """A setting of one task, changed without touching its file."""
+
+    path: str  # within the task, such as `schedule` or `options.keep`
+    value: str
+    where: str
+
+
+class Settings(NamedTuple):
+    """All settings, each as an attribute by its key."""
+
+    values: Mapping[str, Any]
+    overrides: Mapping[str, tuple[Override, ...]]  # by task name
+    secrets: tuple[str, ...]  # values to mask
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return self.values[key]
+        except KeyError:
+            raise AttributeError(key) from None
+
+
+def is_secret(key: str) -> bool:
+    """Tell by its name that a key holds a secret; of an override only what it sets counts."""
+    return any(word in key.lower().rpartition(".")[2] for word in SECRET_WORDS)
+
+
+def read_settings(arguments: Mapping[str, str], script: str) -> Settings:
+    """Return the settings of param files and arguments; an argument wins, and the last of equals.
+
+    Relative paths lie beside the first param file, or beside ``script`` if there is none. Raises
+    ConfigError with file and line, or RefusedError.
+    """
+    home = os.path.dirname(os.path.realpath(script))
+    files = [os.path.abspath(file) for file in read_names(arguments.get("param_file", ""))]
+    if "param_file" in arguments and not files:
+        raise ConfigError("--param_file: names no file; give --param_file=PATH")
+    default = os.path.join(home, "cron.params")
+    if not files and os.path.lexists(default):
+        files = [default]
+    if not files and {"site-packages", "dist-packages"} & set(home.split(os.sep)):
+        raise ConfigError("installed as a module: name your param file with --param_file=PATH")
+    base = os.path.dirname(files[0]) if files else home
+    params = [param for file in files for param in read_param_file(file, is_secret)]
+    for param in params:
+        if any(option.flag_only and option.key == param.key for option in OPTIONS):
+            raise ConfigError(f"{param.where}: {param.key} is only an argument: --{param.key}=...")
+    params += [Param(f"--{key}", key, value) for key, value in arguments.items()]
+    values, overrides = _read_values(params)
+    for key in PATHS:
+        values[key] = os.path.normpath(os.path.join(base, values[key]))
+    values["node"] = values["node"] or os.uname().nodename
+    tasks, state = values["tasks_dir"] + os.sep, values["state_dir"] + os.sep
+    if tasks.startswith(state) or state.startswith(tasks):
+        raise ConfigError(f"{state[:-1]}: tasks_dir and state_dir must lie apart; set state_dir")
+    found = (param.value for param in params if is_secret(param.key))
+    secrets = tuple(value for value in found if len(value) >= SHORTEST_MASKED)
+    return Settings(values, overrides, secrets)
+
+
+def _read_values(
+    params: Sequence[Param],
+) -> tuple[dict[str, Any], dict[str, tuple[Override, ...]]]:
+    options = {option.key: option for option in OPTIONS}
+    values: dict[str, Any] = {}
+    overrides: dict[str, tuple[Override, ...]] = {}
+    for param in params:
+        option = options.get(param.key)
+        prefix, name, path = (param.key + "..").split(".", 2)
+        if prefix == "task" and name and path.strip("."):
+            override = Override(path.rstrip("."), param.value, param.where)
+            overrides[name] = (*overrides.get(name, ()), override)
+        elif option is None:
+            hint = nearest(param.key, options)
+            raise ConfigError(f"{param.where}: unknown key {shortened(param.key)!r}{hint}")
+        elif param.value or not option.default:
+            try:
+                values[param.key] = option.read(param.value) if param.value else ""
+            except ValueError as error:
+                shown = "" if is_secret(param.key) else f" {shortened(param.value)!r}"
+                raise ConfigError(f"{param.where}: {param.key}{shown} {error}") from None
+    for option in OPTIONS:
+        if option.key not in values:
+            values[option.key] = option.read(option.default) if option.default else ""
+    return values, overrides
+
+
+def refuse_bad_tz(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError if TZ names no zone: C libraries take UTC then, and say nothing.
+
+    Names and rules such as ``CET-1CEST,M3.5.0,M10.5.0/3`` are those of tzset(3).
+    """
+    name = environ.get("TZ", "UTC")
+    if name in ("", "UTC"):
+        return
+    import re
+    import zoneinfo
+
+    word = r"([A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)"
+    rule = rf"{word}[+-]?\d[\d:]*({word}([+-]?\d[\d:]*)?(,[MJ]?[\d./:-]+,[MJ]?[\d./:-]+)?)?"
+    try:
+        if not re.fullmatch(rule, name):
+            zoneinfo.ZoneInfo(name[1:] if name[0] == ":" else name)
+    except (KeyError, ValueError, OSError):
+        raise ConfigError(f"TZ: {shortened(name)!r} is no zone; unset TZ, or name one") from None
+
+
+def distrib() -> str:
+    """Return the text of cron.params.distrib."""
+    lines = [
+        "# Param file of bgtasks: copy it to cron.params and chmod 600 it.",
+        "# key = value; '#' after a blank starts a comment; quote a value that holds '#'.",
+        "# Any key can also be given as --key=value, and then that value is retained.",
+    ]
+    for option in OPTIONS:
+        if not option.flag_only:
+            lines += ["", f"# {option.help}", f"#{option.key} = {option.default}".rstrip()]
+    lines += [
+        *("", "# Settings of one task, changed without touching its file:"),
+        *("#task.NAME.schedule = */10 * * * *", "#task.NAME.options.keep = 14", ""),
+    ]
+    return "\n".join(lines)
+
+
+def option_help() -> str:
+    """Return the lines of --help about the settings."""
+    rows = [(f"--{o.key}={o.default}", o.help + " (flag only)" * o.flag_only) for o in OPTIONS]
+    return "\n".join(f"  {flag:<32}{text}" for flag, text in rows)
+
+
+# --- Schedule -------------------------------------------------------------------------------------
+# In: the text of a schedule, and its zone. Out: planned moments, in whole Unix seconds. It must not
+# ask for the time. A reading is what a local clock shows, in seconds as if that were UTC: croniter
+# and times of day never meet a zone; walk() alone maps readings to moments.
+
+_DAY = 86400
+# Debian's cron(8): a clock set by less than three hours is daylight saving, and no fixed time is
+# lost or repeated for it; a greater change is a correction of the clock.
+_CORRECTION = 3 * 3600
+_UNITS = {"s": 1, "min": 60, "h": 3600, "d": _DAY, "w": 7 * _DAY}
+_LONG = {"sec": "s", "second": "s", "minute": "min", "hour": "h", "day": "d", "week": "w"}
+# Not left to croniter, which spreads its own aliases over the day once it has a seed for H.
+_ALIASES = {
+    "@hourly": "0 * * * *",
+    "@daily": "daily 00:00",
+    "@midnight": "daily 00:00",
+    "@weekly": "sun 00:00",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+_ALLOWED = "allowed are 'every 5 min', 'daily 03:30', 'mon,thu 07:00', cron's 5 fields, 'manual'"
+
+
+class Zone:
+    """A time zone by name; "" is the machine's own. Raises TaskError for an unknown one."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tzinfo: Any = None
+        if name:
+            import zoneinfo
+            try:
+                self.tzinfo = zoneinfo.ZoneInfo(name)
+            except (KeyError, ValueError, OSError):  # OSError: a folder of zones
+                known = zoneinfo.available_timezones()
+                likely = nearest(name[:80], known) if known else ": pip install tzdata"
+                raise TaskError(f"timezone: unknown zone {shortened(name)!r}{likely}") from None
+
+    def local(self, moment: float) -> datetime:
+        """Return the naive local time; its `fold` is 1 where the clock shows it again."""
+        return datetime.fromtimestamp(moment, self.tzinfo).replace(tzinfo=None)
+
+    def moments(self, local: datetime) -> list[float]:
+        """Return when the clock shows ``local``, ascending: never in a gap, twice in a fold."""
+        found = {local.replace(tzinfo=self.tzinfo, fold=fold).timestamp() for fold in (0, 1)}
+        return sorted(moment for moment in found if self.local(moment) == local)
+
+    def reading(self, moment: int) -> int:
+        return int(self.local(moment).replace(tzinfo=timezone.utc).timestamp())
+
+    def change(self, start: int, end: int, offset: int) -> int:
+        """Return the first moment after ``start`` with another offset, or one after ``end``."""
+        for power in range(19, -1, -1):  # steps of six days, then half of that, and so on
+            while start < end and self.reading(start + 2**power) - start - 2**power == offset:
+                start += 2**power
+        return start + 1
+
+
+class Rule(NamedTuple):
+    """Gives the first reading after a reading, and follows real time or fixed times (see walk)."""
+
+    after: Callable[[int], int]
+    realtime: bool
+
+
+def walk(zone: Zone, rule: Rule, moment: int) -> int:
+    """Return the first moment of ``rule`` after ``moment``, by the rule of Debian's cron(8).
+
+    In real time, every matching reading counts. A fixed time that a gap skipped comes right after
+    it; in a fold it comes once. Readings are in order only between two changes of the clock.
+    """
+    local = zone.local(moment)
+    if local.fold and not rule.realtime:
+        first = int(zone.moments(local)[0])
+        if moment - first < _CORRECTION:
+            moment = zone.change(first, moment, zone.reading(first) - first) - 1
+    reading = asked = zone.reading(moment)
+    planned = rule.after(asked)
+    while True:
+        if not asked <= reading < planned:
+            asked, planned = reading, rule.after(reading)
+        due = moment + planned - reading
+        change = zone.change(moment, due, reading - moment)
+        if change > due:
+            return due
+        old, new = reading + change - moment, zone.reading(change)
+        if not rule.realtime and planned < new <= old + _CORRECTION:
+            return change
+        repeated = old - new if not rule.realtime and 0 < old - new < _CORRECTION else 0
+        moment, reading = change + repeated - 1, new + repeated - 1
+
+
+class Schedule(NamedTuple):
+    text: str
+    zone: Zone
+    always: bool
+    periods: tuple[int, ...]
+    rules: tuple[Rule, ...]
+    anchor: float
+
+    def next_after(self, moment: float, started: float | None = None) -> float | None:
+        """Return the first planned moment after ``moment``, None if there is none.
+
+        Fixed times up to ``started``, the last slot that was started, do not come again when the
+        clock was set back behind it; by more than three hours it was corrected, see cron(8).
+        """
+        held = moment if started is None or started - moment > _CORRECTION else max(moment, started)
+        periods = [self.anchor + ((moment - self.anchor) // p + 1) * p for p in self.periods]
+        rules = [walk(self.zone, r, int((moment if r.realtime else held) // 1)) for r in self.rules]
+        return min([*periods, *rules], default=None)
+
+    def anchor_for(self, now: float) -> float:
+        """Return where the grid of a new task begins: if a period is of minutes, on a minute."""
+        step = 60 if any(period % 60 == 0 for period in self.periods) else 1
+        return now // step * step
+
+    def first(self, now: float) -> float | None:
+        """Return when a task that was never seen before is due; with `every`, it is already."""
+        return self.anchor_for(now) if self.periods else self.next_after(now)
+
+
+def parse_schedule(
+    text: str | Sequence[str], zone: Zone, anchor: float = 0.0, spread: str = ""
+) -> Schedule:
+    """Return the schedule: the earliest of several texts; ``spread`` seeds `H`.
+
+    Raises TaskError, or MissingPackageError for a cron expression without croniter.
+    """
+    texts = _texts(text)
+    periods: list[int] = []
+    rules: list[Rule] = []
+    for i, part in enumerate(texts):
+        if part.lower().startswith("every"):
+            period, texts[i] = _period(part.lower())
+            periods.append(period)
+        elif part.lower() not in ("always", "manual"):
+            rules.append(_rule(part.lower(), spread))
+    always = any(part.lower() == "always" for part in texts)
+    return Schedule(", ".join(texts), zone, always, tuple(periods), tuple(rules), anchor)
+
+
+def schedule_notes(text: str | Sequence[str]) -> list[str]:
+    """Return what may surprise the writer of a valid schedule."""
+    notes: list[str] = []
+    for words in (part.split() for part in _texts(text) if part.count(" ") == 4):
+        for word, field in zip(words, _FIELDS):
+            if word.startswith("*/") and _number(word[2:]) > field.high - field.low:
+                notes.append(f"{word} is larger than the field: the same as {field.low}")
+        day, weekday = words[2], words[4]
+        if "*" not in (day, weekday):
+            both = "both must match, because one begins with *"
+            rule = both if "*" in (day[0], weekday[0]) else "either matches (Debian's cron)"
+            notes.append(f"day of month and day of week are both set: {rule}")
+    return notes
+
+
+def _texts(text: str | Sequence[str]) -> list[str]:
+    texts = [t.replace("\t", " ").strip(" ") for t in ([text] if isinstance(text, str) else text)]
+    if not texts or not all(t.isascii() and t.isprintable() and 0 < len(t) <= 256 for t in texts):
+        raise TaskError(f"schedule: {shortened(str(text))!r} is not 1 to 256 letters; {_ALLOWED}")
+    return [" ".join(t.split()).replace(", ", ",") for t in texts]
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else -1
+
+
+def _period(text: str) -> tuple[int, str]:
+    rest = text[len("every") :].strip(" ")
+    word = rest.lstrip("0123456789")
+    number = _number(rest[: len(rest) - len(word)])
+    unit = _LONG.get(word.strip(" ").removesuffix("s"), word.strip(" "))
+    if not 1 <= number * _UNITS.get(unit, 0) <= 366 * _DAY:
+        raise TaskError(f"schedule: {shortened(text)!r}; allowed is 1 s to 366 d (s, min, h, d, w)")
+    return number * _UNITS[unit], f"every {number} {unit}"
+
+
+def _rule(text: str, spread: str) -> Rule:
+    if text.startswith("@") and text not in _ALIASES:
+        raise TaskError(f"schedule: {shortened(text)!r}; allowed are {', '.join(_ALIASES)}")
+    word, _, times = _ALIASES.get(text, text).partition(" ")
+    names = {"daily": "sun-sat", "weekdays": "mon-fri", "weekends": "sat-sun"}.get(word, word)
+    if ":" not in times and names == word:
+        return Rule(_cron(f"{word} {times}", spread), realtime="*" in (word[0], times[:1]))
+    if not set(names.replace("-", ",").split(",")) <= set(_FIELDS[4].names.split()):
+        raise _FIELDS[4].refused(word)
+    days = {day % 7 for name in names.split(",") for day in _FIELDS[4].span(name)}
+    return Rule(_daily(days, times), realtime=False)
+
+
+def _daily(days: set[int], times: str) -> Callable[[int], int]:
+    week: list[int] = []  # seconds after a Thursday's 00:00, as the epoch was
+    for text in times.split(","):
+        hour, minute = _number(text[:2]), _number(text[3:])
+        if len(text) != 5 or text[2] != ":" or not (0 <= hour < 24 and 0 <= minute < 60):
+            raise TaskError(f"schedule: time {shortened(text)!r}; allowed are 00:00 to 23:59")
+        week.extend((day - 4) * _DAY + hour * 3600 + minute * 60 for day in days)
+    return lambda reading: reading + 1 + min((t - reading - 1) % (7 * _DAY) for t in week)
+
+
+class Field(NamedTuple):
+    name: str
+    low: int
+    high: int
+    names: str = ""
+
+    def refused(self, part: str) -> TaskError:
+        return TaskError(
+            f"schedule: {self.name}: {shortened(part, 40)!r}; allowed are {self.low}-{self.high} "
+            f"{self.names}, lists, rising ranges, steps such as */2, H; for days L, 15W, L5, 5#2"
+        )
+
+    def value(self, text: str) -> int:
+        names = self.names.split()
+        number = self.low + names.index(text) if text in names else _number(text)
+        if not self.low <= number <= self.high + (self.high == 6):  # both 0 and 7 are Sunday
+            raise self.refused(text)
+        return number
+
+    def span(self, part: str) -> range:
+        base, slash, step = part.partition("/")
+        first, dash, last = base.partition("-")
+        low = self.low if base == "*" else self.value(first)
+        high = self.high if slash or base == "*" else low
+        if dash:
+            high = 7 if low and last == "sun" else self.value(last)
+        by = _number(step) if slash else 1
+        if high < low or by < 1:
+            raise self.refused(part)
+        return range(low, high + 1, by)
+
+    def plain(self, text: str) -> str:
+        """Return the field as a list, for all that croniter reads (`5-5` as 0-59) is not cron's."""
+        if text.startswith("h"):
+            return "h(1-28)" if text == "h" and self.high == 31 else text  # as Jenkins does
+        numbers: set[int] = set()
+        special: list[str] = []
+        for part in text.split(","):
+            day = self.high == 31 and (part == "l" or part.strip("w").isdigit() > part.isdigit())
+            if day or (self.high == 6 and (part.startswith("l") or "#" in part)):
+                special.append(part)
+            else:
+                numbers.update(n if n <= self.high else self.low for n in self.span(part))
+        words = [*map(str, sorted(numbers)), *special]
+        return ",".join(words) if len(numbers) <= self.high - self.low else "*"
+
+
+_FIELDS = (
+    Field("minute", 0, 59),
+    Field("hour", 0, 23),
+    Field("day of month", 1, 31),
+    Field("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+    Field("day of week", 0, 6, "sun mon tue wed thu fri sat"),
+)
+
+
+def _cron(text: str, spread: str) -> Callable[[int], int]:
+    words = text.split()
+    if len(words) != len(_FIELDS):
+        raise TaskError(f"schedule: {shortened(text)!r} has not 5 fields; {_ALLOWED}")
+    minute, hour, day, month, weekday = (f.plain(w) for f, w in zip(_FIELDS, words))
+    dates = [f"{day} {month} {weekday}"]
+    if "*" not in (words[2][0], words[4][0]):  # croniter's own "either" overlooks `#` and W
+        dates = [f"{day} {month} *", f"* {month} {weekday}"]
+    short = set(month.split(",")) <= {"2", "4", "6", "9", "11"}
+    longest = 29 if month == "2" else 30 if short else 31
+    if day.replace(",", "").isdigit() and int(day.split(",")[0]) > longest:
+        dates = dates[1:]
+    if not dates:
+        raise TaskError(f"schedule: day of month: {day} never comes in month {month}")
+    try:
+        from croniter import croniter
+        crons = [croniter(f"{minute} {hour} {d}", 0, day_or=False, hash_id=spread) for d in dates]
+        for cron in crons:
+            cron.get_next(float)
+    except ImportError:
+        raise MissingPackageError("schedule: needs croniter: pip install croniter") from None
+    except ValueError as error:  # what croniter raises for everything it does not like
+        raise TaskError(f"schedule: {shortened(text)!r}: croniter: {error}") from None
+    return lambda reading: int(min(c.get_next(float, start_time=reading) for c in crons))
+# --- Tasks ----------------------------------------------------------------------------------------
+# The folder tasks.d goes in; what can run, what is broken and what is ignored comes out, with the
+# reasons. Nothing here runs a task, and a file that did not change since it was read is not opened.
+
+READ_AT_MOST = 1 << 20
+NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+IGNORED = {
+    "an editor's backup": ("~", ".bak", ".orig", ".old", ".rej", ".save", ".swp", ".swo"),
+    "an unfinished upload": (".tmp", ".part", ".filepart", ".crdownload", ".upload"),
+    "left by a package manager": (".dpkg-new", ".dpkg-old", ".dpkg-dist", ".rpmnew", ".rpmsave"),
+    "no program": (".md", ".rst", ".txt", ".pyc", "readme", "license", "makefile"),
+}
+RESERVED_NAMES = ("con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(10)))
+INTERPRETERS = {
+    ".sh": ("sh",),
+    ".bash": ("bash",),
+    ".pl": ("perl",),
+    ".rb": ("ruby",),
+    ".php": ("php",),
+    ".js": ("node",),
+    ".lua": ("lua",),
+    ".r": ("Rscript",),
+    ".ps1": ("pwsh", "-File"),
+}
+
+
+class Task(NamedTuple):
+    """A file in tasks.d as it was read: what to run, and when. Broken if ``error`` says why."""
+
+    name: str
+    file: str
+    fingerprint: str = ""
+    script: str = ""  # the file that runs; empty for a `command`
+    argv: tuple[str, ...] = ()  # how a program is started; empty for a Python task
+    settings: Mapping[str, Any] = {}
+    error: str = ""
+
+
+class Known(NamedTuple):
+    """What the store remembers of a file: enough to see that it did not change."""
+
+    file: str
+    script: str
+    fingerprint: str
+
+
+class Folder(NamedTuple):
+    """What a look at tasks.d found, against what was known before."""
+
+    changed: tuple[Task, ...]
+    gone: tuple[str, ...]
+    ignored: Mapping[str, str]
+
+
+def of_type(kind: type, what: str) -> Callable[[Any], Any]:
+    """Return a reader that takes a value of one TOML type only (a boolean is no number)."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"must be {what}")
+        return value
+
+    return read
+
+
+read_text = of_type(str, "text in quotes")
+read_table = of_type(dict, "a table")
+read_list = of_type(list, 'a list such as ["a", "b"]')
+
+
+def whole_number(low: int, high: int) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not low <= of_type(int, "a whole number")(value) <= high:
+            raise ValueError(f"must be from {low} to {high}")
+        return value
+
+    return read
+
+
+def read_seconds(value: Any) -> float:
+    seconds = read_duration(value) if isinstance(value, str) else value
+    if isinstance(value, bool) or not 1 <= seconds <= 366 * 86400:
+        raise ValueError('must be from 1 second to 366 days, such as 90 or "10 min"')
+    return float(seconds)
+
+
+def read_size(value: Any) -> int:
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    if isinstance(value, str):
+        number, _, unit = value.partition(" ")
+        if unit not in units or not (number.isascii() and number.isdigit()):
+            raise ValueError('must be bytes, or a size such as "64 MiB" (KiB, MiB, GiB)')
+        value = int(number) * units[unit]
+    return int(whole_number(1 << 10, 1 << 50)(value))
+
+
+def read_words(value: Any) -> list[str]:
+    return [str(read_text(item)) for item in read_list(value)]
+
+
+def read_environment(value: Any) -> dict[str, str]:
+    for name, text in read_table(value).items():
+        if not isinstance(text, str) or "=" in name or name.startswith("BGTASKS_"):
+            raise ValueError(f"{shortened(name)}: must be text, under a name without BGTASKS_")
+    return dict(value)
+
+
+def read_choice(*choices: str) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return value
+
+    return read
+
+
+def read_setting_names(value: Any) -> list[str]:
+    known = [option.key for option in OPTIONS]
+    for name in read_words(value):
+        if name not in known:
+            raise ValueError(f"there is no parameter {shortened(name)!r}{nearest(name, known)}")
+    return list(value)
+
+
+# What a task may say of itself: how the value is read, and what holds when it says nothing.
+TASK_SETTINGS: Mapping[str, tuple[Callable[[Any], Any], Any]] = {
+    "description": (read_text, ""),
+    "schedule": (lambda value: value if isinstance(value, str) else read_words(value), ""),
+    "timezone": (read_text, ""),
+    "enabled": (of_type(bool, "true or false"), True),
+    "order": (whole_number(-1_000_000, 1_000_000), 100),
+    "group": (read_text, "default"),
+    "deadline": (read_seconds, None),
+    "timeout": (read_seconds, 86400.0),
+    "on_interrupt": (read_choice("wait", "again"), "wait"),
+    "maximum": (whole_number(1, 1_000_000_000), None),
+    "options": (read_table, {}),
+    "settings": (read_setting_names, []),
+    "nice": (whole_number(0, 19), 0),
+    "memory_limit": (read_size, None),
+    "output_limit": (read_size, 64 << 20),
+    "env": (read_environment, {}),
+}
+
+
+def ignored_because(file: str) -> str:
+    """Return why a file of this name is no task, or nothing if it may be one."""
+    stem = os.path.splitext(file)[0]
+    if file[0] in ".#_":
+        return f"its name begins with {file[0]}"
+    for reason, endings in IGNORED.items():
+        if file.lower().endswith(endings) or stem.lower() in endings:
+            return reason
+    if stem.lower() in RESERVED_NAMES:
+        return "a name that Windows reserves"
+    if len(stem) > 64 or stem[0] == "-" or not NAME_CHARACTERS.issuperset(stem):
+        return "a task's name has letters, digits, _ and -, at most 64, and does not begin with -"
+    return ""
+
+
+def scan(folder: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the files that may be tasks with what `stat` says of each, and the ignored ones.
+
+    A file that is saved, replaced, or given other permissions has another `stat` text; a link that
+    leads nowhere has an empty one. Raises ConfigError if the folder cannot be read.
+    """
+    stats: dict[str, str] = {}
+    ignored: dict[str, str] = {}
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        what = f"{folder}: cannot read the folder of tasks ({error.strerror})"
+        raise ConfigError(f"{what}; make it, or set tasks_dir") from None
+    for entry in entries:
+        reason = ignored_because(entry.name) or (entry.is_dir() and "a folder")
+        if reason:
+            ignored[entry.name] = reason
+            continue
+        try:
+            s = entry.stat()
+        except OSError:
+            stats[entry.name] = ""
+            continue
+        stats[entry.name] = (
+            f"{s.st_dev}:{s.st_ino}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}"
+            f":{s.st_mode}:{s.st_uid}:{s.st_gid}"
+        )
+    return stats, ignored
+
+
+def discover(settings: Settings, known: Mapping[str, Known]) -> Folder:
+    """Look at tasks.d and read the files that are new or changed since they were ``known``."""
+    stats, ignored = scan(settings.tasks_dir)
+    scripts: dict[str, str] = {}  # .toml file -> the script that it names
+    for file in stats:
+        if file.endswith(".toml"):
+            old = known.get(file[:-5])
+            same = old and old.file == file and old.fingerprint.startswith(stats[file] + ";")
+            scripts[file] = old.script if old and same else named_script(settings.tasks_dir, file)
+    named = set(scripts.values())
+    groups: dict[str, list[str]] = {}
+    for file in sorted(stats):
+        if file not in named:
+            groups.setdefault(file.rpartition(".")[0].lower() or file.lower(), []).append(file)
+    changed: list[Task] = []
+    names: set[str] = set()
+    common = f"{__version__};{settings.timezone};{settings.node}"
+    for files in groups.values():
+        together = ";".join([stats[file] for file in files])
+        for file in files:
+            name = file.rpartition(".")[0] or file
+            names.add(name)
+            script_stat = stats.get(scripts.get(file, ""), "")
+            overrides = settings.overrides.get(name, "")
+            fingerprint = f"{together};{script_stat};{common};{overrides}"
+            old = known.get(name)
+            if old and old.fingerprint == fingerprint:
+                continue
+            task = Task(name, file, fingerprint)
+            if len(files) > 1:
+                changed.append(task._replace(error=f"same name: {', '.join(files)}; rename one"))
+            else:
+                changed.append(read_task(settings, task))
+    gone = tuple(name for name, old in known.items() if old.file and name not in names)
+    return Folder(tuple(changed), gone, ignored)
+
+
+def named_script(folder: str, file: str) -> str:
+    """Return the script that a .toml file names, or nothing."""
+    try:
+        return str(read_raw(os.path.join(folder, file))[0].get("script", ""))
+    except (BgtasksError, OSError):
+        return ""  # read_task() meets the same error and keeps it as the reason
+
+
+def read_task(settings: Settings, task: Task) -> Task:
+    """Read the file of a task. What is wrong with it becomes the task's ``error``."""
+    try:
+        return _read_task(settings, task)
+    except MissingPackageError as error:
+        # an empty fingerprint is never equal: the package may be there at the next look
+        return task._replace(error=shortened(f"{task.file}: {error}", 400), fingerprint="")
+    except BgtasksError as error:
+        return task._replace(error=shortened(str(error), 400))
+    except OSError as error:
+        return task._replace(error=f"{task.file}: cannot be read ({error.strerror})")
+
+
+def _read_task(settings: Settings, task: Task) -> Task:
+    path = os.path.join(settings.tasks_dir, task.file)
+    raw, content = read_raw(path)
+    for override in settings.overrides.get(task.name, ()):
+        _override(raw, override)
+    if not task.file.endswith(".toml"):
+        values = _checked(raw, task, settings)
+        return task._replace(script=task.file, argv=_argv(path, content), settings=values)
+    command, script = raw.pop("command", None), raw.pop("script", None)
+    values = _checked(raw, task, settings)
+    try:
+        if command is not None and script is None and read_words(command):
+            return task._replace(argv=tuple(read_words(command)), settings=values)
+        path = os.path.join(settings.tasks_dir, os.path.basename(read_text(script)))
+    except ValueError:
+        text = 'needs either command = ["program", "argument"] or script = "a file beside it"'
+        raise TaskError(f"{task.file}: {text}") from None
+    argv = _argv(path, read_checked(path))
+    return task._replace(script=os.path.basename(path), argv=argv, settings=values)
+
+
+def read_checked(path: str) -> bytes:
+    """Return the content of a task file whose owner and permissions passed the check.
+
+    The check is made on the descriptor that is read, so nobody can swap the file in between.
+    Raises RefusedError if somebody else could have written it, TaskError if it is no plain file.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(fd, "rb") as file:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise TaskError(f"{os.path.basename(path)}: is not a plain file")
+        refuse_unsafe(info, path, "task")
+        if os.path.islink(path):
+            refuse_unsafe_parents(os.path.realpath(path))
+        return file.read(READ_AT_MOST)
+
+
+def read_raw(path: str) -> tuple[dict[str, Any], bytes]:
+    """Return the settings that a file holds, as TOML gives them, and the file's content."""
+    content, file = read_checked(path), os.path.basename(path)
+    if file.endswith(".toml"):
+        return _parse_toml(content, file, 0), content
+    first, block = _settings_block(content, file)
+    try:
+        tool = read_table(_parse_toml(block, file, first).get("tool", {}))
+        return read_table(tool.get("bgtasks", {})), content
+    except ValueError:
+        raise TaskError(f"{file}:{first}: tool.bgtasks must be a table") from None
+
+
+def _settings_block(content: bytes, file: str) -> tuple[int, bytes]:
+    """Return the number of the line before the block and its TOML text (empty if there is none).
+
+    https://packaging.python.org/en/latest/specifications/inline-script-metadata/
+    """
+    first, block, closed = 0, list[bytes](), True
+    for number, line in enumerate(content.replace(b"\r\n", b"\n").split(b"\n"), start=1):
+        if line == b"# /// script":
+            if first:
+                raise TaskError(f"{file}:{number}: a second block '# /// script'; keep one")
+            first, closed = number, False
+        elif not closed:
+            closed = line == b"# ///"
+            if line != b"#" and not line.startswith(b"# "):
+                raise TaskError(f"{file}:{number}: inside '# /// script' a line begins with '# '")
+            if not closed:
+                block.append(line[2:])
+    if not closed:
+        raise TaskError(f"{file}:{first}: the block '# /// script' has no end; add a line '# ///'")
+    return first, b"\n".join(block)
+
+
+def _parse_toml(text: bytes, file: str, offset: int) -> dict[str, Any]:
+    """Parse TOML that stands ``offset`` lines down in ``file``."""
+    if not text.strip():
+        return {}
+    try:
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib
+    except ImportError:
+        raise MissingPackageError("needs tomli: pip install tomli") from None
+    try:
+        return tomllib.loads(text.decode("utf-8-sig").replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        line = offset + 1 + text.count(b"\n", 0, error.start)
+        raise TaskError(f"{file}:{line}: settings must be UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        what, _, place = str(error).partition(" (at line ")
+        line = offset + int(place.partition(",")[0] or 1)
+        raise TaskError(f"{file}:{line}: {what}") from None
+
+
+def _override(raw: dict[str, Any], override: Override) -> None:
+    """Put an administrator's choice from the param file into the settings of a task."""
+    name, _, key = override.path.partition(".")
+    if name not in TASK_SETTINGS or bool(key) != (name in ("options", "env")):
+        hint = nearest(override.path, TASK_SETTINGS)
+        path = shortened(override.path)
+        raise TaskError(f"{override.where}: a task has no setting {path!r}{hint}")
+    table = raw.setdefault(name, {}) if key else raw
+    key = key or name
+    try:
+        table[key] = _like(table.get(key, TASK_SETTINGS[name][1]), override.value)
+    except (ValueError, AttributeError) as error:
+        raise TaskError(f"{override.where}: {override.path}: {error}") from None
+
+
+def _like(value: Any, text: str) -> Any:
+    """Return ``text`` as the type of the value it replaces."""
+    if isinstance(value, bool):
+        return read_boolean(text)
+    if isinstance(value, int):
+        if not text.isascii() or not text.lstrip("-").isdigit():
+            raise ValueError(f"must be a whole number, not {shortened(text)!r}")
+        return int(text)
+    if isinstance(value, float):
+        return read_duration(text)
+    if isinstance(value, list):
+        return list(read_names(text))
+    return int(text) if value is None and text.isascii() and text.isdigit() else text
+
+
+def _checked(raw: Mapping[str, Any], task: Task, settings: Settings) -> dict[str, Any]:
+    """Return all settings of a task, those it does not name with their defaults."""
+    for key in raw:
+        if key not in TASK_SETTINGS:
+            hint = nearest(key, TASK_SETTINGS)
+            raise TaskError(f"{task.file}: there is no setting {shortened(key)!r}{hint}")
+    values: dict[str, Any] = {}
+    for key, (read, default) in TASK_SETTINGS.items():
+        try:
+            values[key] = read(raw[key]) if key in raw else default
+        except (ValueError, TypeError) as error:
+            raise TaskError(f"{task.file}: {key}: {error}") from None
+    if not values["schedule"]:
+        text = 'has no schedule; add "# /// script", "# [tool.bgtasks]", "# schedule = ...", "# ///"'
+        raise TaskError(f"{task.file}: {text}")
+    try:
+        schedule_of(values, settings, task.name)
+    except MissingPackageError:
+        raise
+    except TaskError as error:
+        raise TaskError(f"{task.file}: schedule: {error}") from None
+    return values
+
+
+def schedule_of(
+    values: Mapping[str, Any], settings: Settings, name: str, anchor: float = 0.0
+) -> Schedule:
+    """Return the schedule of a task, its grid laid at ``anchor`` (Unix seconds)."""
+    zone = Zone(values["timezone"] or settings.timezone)
+    return parse_schedule(values["schedule"], zone, anchor, f"{settings.node}/{name}")
+
+
+def _argv(path: str, content: bytes) -> tuple[str, ...]:
+    """Return how the program at ``path`` is started; nothing for a Python task."""
+    file = os.path.basename(path)
+    suffix = os.path.splitext(file)[1].lower()
+    if suffix == ".py":
+        return () if _has_run(content, file) else (sys.executable, path)
+    shebang = content[:2] == b"#!"
+    if os.access(path, os.X_OK) and (shebang or suffix not in INTERPRETERS):
+        return (path,)
+    if shebang:  # FTP loses the x bit
+        line = content[2:].split(b"\n", 1)[0].decode("utf-8", "surrogateescape")
+        return (*line.strip().split(None, 1), path)
+    if suffix in INTERPRETERS:
+        return (*INTERPRETERS[suffix], path)
+    raise TaskError(f"{file}: cannot tell how to start it; chmod +x it, or begin it with #!")
+
+
+def _has_run(content: bytes, file: str) -> bool:
+    """Tell whether a Python file has ``def run(task)`` at its top level, without executing it."""
+    import ast
+
+    try:
+        tree = ast.parse(content)
+    except SyntaxError as error:
+        raise TaskError(f"{file}:{error.lineno or 1}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise TaskError(f"{file}: {error}") from None
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == "run":
+            places = len(node.args.posonlyargs) + len(node.args.args)
+            if isinstance(node, ast.AsyncFunctionDef) or places - len(node.args.defaults) != 1:
+                raise TaskError(f"{file}:{node.lineno}: must be written as: def run(task):")
+            return True
+    return False
+
+
+# --- Store ----------------------------------------------------------------------------------------
+# What is remembered, in one SQLite file. All SQL of this program stands here; moments come in as
+# Unix seconds, never from SQL. No transaction is open while a task runs or a process is started.
+
+RUNNING, DONE, NOTHING, MORE = "running", "done", "nothing", "more"
+FAILED, TIMED_OUT, KILLED, INTERRUPTED = "failed", "timed_out", "killed", "interrupted"
+FAILURES = (FAILED, TIMED_OUT)
+APPLICATION_ID = int.from_bytes(b"bgts", "big")
+OLDEST_SQLITE = (3, 26)
+WAKEUPS_KEPT = 200
+
+# The length of this tuple is the version of the file (`user_version`). An entry that was released
+# is never changed; each is applied in one transaction.
+MIGRATIONS = (
+    """
+    -- what is known of each task; one whose file is gone keeps its row, with an empty `file`
+    CREATE TABLE task (
+        name TEXT PRIMARY KEY,
+        file TEXT NOT NULL, script TEXT NOT NULL,      -- in tasks.d; the script that a .toml names
+        fingerprint TEXT NOT NULL,                     -- differs when the file must be read again
+        definition TEXT NOT NULL,                      -- how it runs and its settings, JSON
+        error TEXT NOT NULL,                           -- why it is broken; empty if it is not
+        enabled INTEGER NOT NULL, always INTEGER NOT NULL DEFAULT 0,
+        "order" INTEGER NOT NULL, "group" TEXT NOT NULL,
+        schedule TEXT NOT NULL DEFAULT '',             -- to notice that it changed
+        anchor_at INTEGER NOT NULL DEFAULT 0,          -- where the grid of `every` lies
+        next_run_at INTEGER, last_slot INTEGER,        -- the next slot, if one is planned; the last
+        extra_at REAL, extra_trigger TEXT,             -- a start that has no slot, and what asked
+        paused_at REAL, paused_by TEXT, paused_until REAL, paused_note TEXT,
+        runs INTEGER NOT NULL DEFAULT 0,
+        ended INTEGER NOT NULL DEFAULT 0,              -- runs whose duration is known
+        failures INTEGER NOT NULL DEFAULT 0, consecutive_failures INTEGER NOT NULL DEFAULT 0,
+        first_started_at REAL, last_started_at REAL, last_ended_at REAL,
+        last_success_at REAL,                          -- the start of the last run that succeeded
+        last_outcome TEXT,
+        last_overran INTEGER NOT NULL DEFAULT 0,       -- it went on after its deadline
+        last_seconds REAL, min_seconds REAL, max_seconds REAL,
+        total_seconds REAL NOT NULL DEFAULT 0, volume INTEGER NOT NULL DEFAULT 0,
+        state TEXT NOT NULL DEFAULT '{}',              -- the task's own, JSON
+        CHECK ((extra_at IS NULL) = (extra_trigger IS NULL)),
+        CHECK ((paused_at IS NULL) = (paused_by IS NULL))
+    );
+    -- a row an execution, from claim to outcome
+    CREATE TABLE run (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        task TEXT NOT NULL,
+        slot INTEGER,                                  -- only of a first start by schedule
+        steps INTEGER NOT NULL,                        -- how often the clock had been set back
+        planned_at REAL NOT NULL, started_at REAL NOT NULL, deadline_at REAL NOT NULL,
+        ended_at REAL, outcome TEXT NOT NULL DEFAULT 'running',
+        reason TEXT NOT NULL DEFAULT '', message TEXT NOT NULL DEFAULT '', volume INTEGER,
+        exit_code INTEGER,                             -- negative: ended by that signal
+        peak_kib INTEGER, output TEXT NOT NULL DEFAULT '',
+        trigger TEXT NOT NULL, node TEXT NOT NULL,
+        live TEXT NOT NULL UNIQUE,                     -- the name of its files while it runs
+        acknowledged_at REAL,
+        CHECK (outcome IN ('running', 'done', 'nothing', 'more', 'failed', 'timed_out', 'killed',
+                           'interrupted', 'missed')),
+        CHECK ((ended_at IS NULL) = (outcome = 'running')),
+        CHECK (ended_at >= started_at)
+    );
+    -- a task has at most one open run
+    CREATE UNIQUE INDEX run_open ON run (task) WHERE ended_at IS NULL;
+    -- a slot is started once; after the clock was set back the same moment is another slot
+    CREATE UNIQUE INDEX run_slot ON run (task, slot, steps) WHERE slot IS NOT NULL;
+    -- the history of a task
+    CREATE INDEX run_by_task ON run (task, id);
+    -- the last wake-ups; one without an end is at work, or was killed
+    CREATE TABLE wakeup (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        started_at REAL NOT NULL, ended_at REAL,
+        trigger TEXT NOT NULL, user TEXT NOT NULL, node TEXT NOT NULL, selection TEXT NOT NULL,
+        result TEXT NOT NULL CHECK (result IN ('worked', 'busy', 'maintenance')),
+        started INTEGER NOT NULL, failed INTEGER NOT NULL
+    );
+    -- who paused, resumed or changed what
+    CREATE TABLE event (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL, task TEXT NOT NULL, by TEXT NOT NULL, what TEXT NOT NULL
+    );
+    -- 'steps': how often the clock was set back; 'boot': in which the locks were tested
+    CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+    """,
+)
+# what its schedule may start at :now
+STARTABLE = """file <> '' AND error = '' AND enabled
+               AND (paused_at IS NULL OR paused_until <= :now)"""
+
+Row = Mapping[str, Any]
+
+
+class Planned(NamedTuple):
+    """What the schedule of a task that was read says about its starts."""
+
+    schedule: str
+    always: bool
+    anchor_at: int
+    next_run_at: float | None
+
+
+class Claim(NamedTuple):
+    """What a runner wants to start: a slot, an extra start, or neither."""
+
+    task: str
+    slot: int | None
+    next_run_at: float | None
+    extra_at: float | None
+    planned_at: float
+    deadline_at: float
+    trigger: str
+    live: str
+    node: str
+
+
+class End(NamedTuple):
+    """How a run ended, as far as its keeper, or what it left behind, can tell."""
+
+    outcome: str
+    reason: str = ""
+    message: str = ""
+    volume: int | None = None
+    exit_code: int | None = None
+    peak_kib: int | None = None
+    output: str = ""
+    seconds: float | None = None  # None: nobody saw the end
+    state: str | None = None
+    next_run_at: int | None = None
+    overran: bool = False
+
+
+class Store:
+    """The state file. Owns the connection, which is never carried over a fork.
+
+    As a context it is one transaction. It takes the write lock first: one that begins by reading
+    fails at once if another wrote in between (https://www.sqlite.org/lang_transaction.html).
+    """
+
+    def __init__(self, path: str, timeout: float = 10.0) -> None:
+        self.path = path
+        self._timeout = timeout
+        self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+
+    def __enter__(self) -> Store:
+        self.execute("BEGIN IMMEDIATE")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.execute("COMMIT")
+        finally:
+            if self._connection is not None and self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """Close the file, as is done before each fork; the next use opens it again.
+
+        https://www.sqlite.org/howtocorrupt.html section 2.6
+        """
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def execute(self, sql: str, values: Mapping[str, Any] | Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Execute one statement. SQLite's errors become ours, but for a refused duplicate."""
+        try:
+            if self._connection is None:
+                self._connection = self._connect()
+            return self._connection.execute(sql, values)
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            raise self._explained(error) from None
+
+    def rows(self, sql: str, values: Mapping[str, Any] | Sequence[Any] = ()) -> list[Row]:
+        """Return all rows at once: a half-read cursor would block every writer."""
+        cursor = self.execute(sql, values)
+        try:
+            return cursor.fetchall()
+        except sqlite3.Error as error:
+            raise self._explained(error) from None
+
+    def row(self, sql: str, values: Mapping[str, Any] | Sequence[Any] = ()) -> Row | None:
+        return next(iter(self.rows(sql, values)), None)
+
+    def put(self, table: str, values: Mapping[str, Any], key: str = "id") -> int:
+        """Insert a row, or change those columns of the row with its key; return its number."""
+        columns = [f'"{name}"' for name in values]
+        changes = ", ".join(f"{column} = excluded.{column}" for column in columns)
+        cursor = self.execute(
+            f"INSERT INTO {table} ({', '.join(columns)})"  # noqa: S608 - names of ours
+            f" VALUES ({', '.join(':' + name for name in values)})"
+            f" ON CONFLICT ({key}) DO UPDATE SET {changes}",
+            values,
+        )
+        return int(values.get("id") or cursor.lastrowid or 0)
+
+    # -- opening
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file; it must be the same one as before, whole, and ours."""
+        if self.path == ":memory:":  # nothing was stored yet, and a look must not make a file
+            return self._prepared(sqlite3.connect(self.path, isolation_level=None))
+        try:
+            info = os.lstat(self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path}: the state file is gone ({error.strerror})") from None
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            raise RefusedError(f"{self.path}: is a link or has a second name; use a plain file")
+        if self._identity not in (None, (info.st_dev, info.st_ino)):
+            raise StorageError(f"{self.path}: was replaced while in use; start again")
+        escaped = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        uri, wait = f"file:{escaped}?mode=rw", self._timeout
+        db = self._prepared(sqlite3.connect(uri, timeout=wait, isolation_level=None, uri=True))
+        self._identity = (info.st_dev, info.st_ino)
+        return db
+
+    def _prepared(self, db: sqlite3.Connection) -> sqlite3.Connection:
+        try:
+            db.row_factory = sqlite3.Row
+            if self._version(db) < len(MIGRATIONS):
+                _migrate(db)
+            # PERSIST can still record on a full disk and notices a file that was taken away; it is
+            # not kept in the file: https://www.sqlite.org/pragma.html#pragma_journal_mode
+            for pragma in ("journal_mode = PERSIST", "journal_size_limit = 1048576"):
+                db.execute(f"PRAGMA {pragma}")
+            db.execute("PRAGMA synchronous = FULL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _version(self, db: sqlite3.Connection) -> int:
+        """Return the version of the file, 0 if it is new. Raises DataError if it is not ours."""
+        version = int(db.execute("PRAGMA user_version").fetchone()[0])
+        if self._identity is not None:
+            return version
+        owner = int(db.execute("PRAGMA application_id").fetchone()[0])
+        tables = int(db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+        if owner != APPLICATION_ID and (owner or version or tables):
+            raise DataError(f"{self.path}: belongs to another program; move it or set state_dir")
+        if version > len(MIGRATIONS):
+            raise DataError(f"{self.path}: was written by a newer bgtasks; update bgtasks.py")
+        if not tables and os.path.isdir(self.path[: -len("bgtasks.db")] + "runs"):
+            raise DataError(f"{self.path}: is empty, but was not before; restore it from a backup")
+        return version
+
+    def _explained(self, error: sqlite3.Error) -> BgtasksError:
+        """Return SQLite's error as one that says what to do; a bug in our SQL stays raw."""
+        text = str(error)
+        if "locked" in text or "busy" in text:
+            return BusyError(f"{self.path}: in use by another program for too long; try again")
+        if any(word in text for word in ("not a database", "malformed", "corrupt")):
+            return DataError(f"{self.path}: is damaged ({text}); restore it from a backup")
+        if not self._is_in_place():
+            return StorageError(f"{self.path}: was taken away while in use; put it back")
+        if "disk is full" in text or "disk I/O error" in text:
+            return StorageError(f"{self.path}: cannot write ({text}); make room on the disk")
+        if "readonly" in text or "unable to open" in text:
+            return RefusedError(f"{self.path}: cannot be written ({text}); check its permissions")
+        raise error
+
+    def _is_in_place(self) -> bool:
+        try:
+            info = os.lstat(self.path)
+        except OSError:
+            return False
+        return self._identity in (None, (info.st_dev, info.st_ino))
+
+    def check_integrity(self) -> None:
+        """Raise DataError if SQLite finds damage in the file."""
+        found = self.row("PRAGMA quick_check(1)")
+        if not found or found["quick_check"] != "ok":
+            raise DataError(f"{self.path}: is damaged; restore it from a backup")
+
+    def fact(self, name: str) -> str:
+        """Return a fact that was noted, or empty text."""
+        found = self.row("SELECT value FROM fact WHERE name = ?", (name,))
+        return str(found["value"]) if found else ""
+
+    # -- tasks
+
+    def known(self) -> dict[str, Known]:
+        """Return what is remembered of each task's file, by task name."""
+        found = self.rows("SELECT name, file, script, fingerprint FROM task")
+        return {row["name"]: Known(row["file"], row["script"], row["fingerprint"]) for row in found}
+
+    def task(self, name: str) -> Row | None:
+        return self.row("SELECT * FROM task WHERE name = ?", (name,))
+
+    def tasks(self) -> list[Row]:
+        return self.rows("SELECT * FROM task")
+
+    def write_task(self, task: Task, planned: Planned | None = None) -> None:
+        """Remember a task as it was read; None for the plan keeps the one that is there."""
+        import json
+
+        values: dict[str, Any] = {
+            "name": task.name,
+            "file": task.file,
+            "script": task.script if task.file.endswith(".toml") else "",
+            "fingerprint": task.fingerprint,
+            "definition": json.dumps([task.script, task.argv, task.settings], default=str),
+            "error": task.error,
+            "enabled": task.settings.get("enabled", True),
+            "order": task.settings.get("order", 100),
+            "group": task.settings.get("group", "default"),
+        }
+        self.put("task", {**values, **(planned._asdict() if planned else {})}, "name")
+
+    def forget_file(self, name: str) -> None:
+        self.execute("UPDATE task SET file = '', fingerprint = '' WHERE name = ?", (name,))
+
+    def due(self, now: float) -> list[Row]:
+        """Return the tasks that may start now, without those that have an open run."""
+        return self.rows(
+            f"""
+            SELECT * FROM task
+            WHERE (next_run_at <= :now OR extra_at <= :now OR always) AND {STARTABLE}
+              AND NOT EXISTS (SELECT 1 FROM run WHERE task = name AND ended_at IS NULL)
+            """,  # noqa: S608 - a constant of ours
+            {"now": now},
+        )
+
+    def next_due(self, now: float) -> float | None:
+        """Return the next slot after ``now``, or None if nothing is planned."""
+        found = self.row(
+            f"SELECT min(next_run_at) AS at FROM task WHERE next_run_at > :now AND {STARTABLE}",  # noqa: S608 - a constant of ours
+            {"now": now},
+        )
+        return found["at"] if found else None
+
+    def plan(self, name: str, next_run_at: float, was: float) -> None:
+        """Move the next slot of a task, unless somebody else moved it since it ``was`` read."""
+        self.execute(
+            "UPDATE task SET next_run_at = ? WHERE name = ? AND next_run_at = ?",
+            (next_run_at, name, was),
+        )
+
+    def pause(self, name: str, by: str, now: float, until: float | None, note: str) -> None:
+        with self:
+            self.execute(
+                """
+                UPDATE task SET paused_at = ?, paused_by = ?, paused_until = ?, paused_note = ?
+                WHERE name = ?
+                """,
+                (now, by, until, note, name),
+            )
+            self.put("event", {"at": now, "task": name, "by": by, "what": f"paused {note}".strip()})
+
+    def resume(self, name: str, by: str, now: float) -> None:
+        with self:
+            self.execute(
+                """
+                UPDATE task
+                SET paused_at = NULL, paused_by = NULL, paused_until = NULL, paused_note = NULL
+                WHERE name = ?
+                """,
+                (name,),
+            )
+            self.put("event", {"at": now, "task": name, "by": by, "what": "resumed"})
+
+    # -- runs
+
+    def claim(self, claim: Claim, steps: int, now: float) -> int | None:
+        """Open a run and move the task to its next slot; return the run, or None.
+
+        None means that somebody else has the slot, or has a run of this task open. The condition on
+        what was read makes the claim atomic; the unique indexes would refuse a second one anyway.
+        """
+        values = {**claim._asdict(), "now": now, "steps": steps}
+        try:
+            with self:
+                moved = self.execute(
+                    f"""
+                    UPDATE task
+                    SET next_run_at = CASE WHEN :slot IS NULL THEN next_run_at ELSE :next_run_at END,
+                        last_slot = coalesce(:slot, last_slot),
+                        extra_at = CASE WHEN coalesce(:slot, :extra_at) IS NULL THEN extra_at END,
+                        extra_trigger =
+                            CASE WHEN coalesce(:slot, :extra_at) IS NULL THEN extra_trigger END,
+                        runs = runs + 1, last_started_at = :now, last_outcome = 'running',
+                        first_started_at = coalesce(first_started_at, :now)
+                    WHERE name = :task
+                      AND (:slot IS NULL OR next_run_at = :slot)
+                      AND (:extra_at IS NULL OR extra_at = :extra_at)
+                      AND (:trigger = 'hand' OR ({STARTABLE}))
+                    """,  # noqa: S608 - a constant of ours
+                    values,
+                )
+                if moved.rowcount != 1:
+                    return None
+                return self.execute(
+                    """
+                    INSERT INTO run (task, slot, steps, planned_at, started_at, deadline_at,
+                                     trigger, node, live)
+                    VALUES (:task, :slot, :steps, :planned_at, :now, :deadline_at,
+                            :trigger, :node, :live)
+                    """,
+                    values,
+                ).lastrowid
+        except sqlite3.IntegrityError:
+            # a slot that was started before must not be due for ever
+            self.execute(
+                """
+                UPDATE task SET next_run_at = :next_run_at
+                WHERE name = :task AND next_run_at = :slot AND EXISTS
+                    (SELECT 1 FROM run WHERE task = :task AND slot = :slot AND steps = :steps)
+                """,
+                values,
+            )
+            return None
+
+    def give_back(self, run: int, claim: Claim) -> None:
+        """Undo a claim whose run could not be started."""
+        with self:
+            self.execute("DELETE FROM run WHERE id = ?", (run,))
+            self.execute(
+                """
+                UPDATE task
+                SET runs = runs - 1, last_outcome = NULL,
+                    next_run_at = coalesce(:slot, next_run_at), extra_at = :extra_at,
+                    extra_trigger = CASE WHEN :extra_at IS NOT NULL THEN :trigger END
+                WHERE name = :task
+                """,
+                claim._asdict(),
+            )
+
+    def finish(self, run: int, end: End, now: float, again: str = "") -> Row | None:
+        """Write down how a run ended; return its row, or None if that was done before.
+
+        ``again`` is the trigger of an extra start that should follow, if any.
+        """
+        values = {**end._asdict(), "run": run, "now": now, "again": again or None}
+        with self:
+            changed = self.execute(
+                """
+                UPDATE run
+                SET ended_at = max(started_at, coalesce(started_at + :seconds, :now)),
+                    outcome = :outcome, reason = :reason, message = :message, volume = :volume,
+                    exit_code = :exit_code, peak_kib = :peak_kib, output = :output
+                WHERE id = :run AND ended_at IS NULL
+                """,
+                values,
+            )
+            if changed.rowcount != 1:
+                return None
+            self.execute(
+                """
+                UPDATE task
+                SET last_outcome = :outcome, last_overran = :overran,
+                    last_ended_at = (SELECT ended_at FROM run WHERE id = :run),
+                    last_success_at = CASE WHEN :outcome IN ('done', 'nothing')
+                        THEN last_started_at ELSE last_success_at END,
+                    failures = failures + (:outcome IN ('failed', 'timed_out')),
+                    consecutive_failures = CASE
+                        WHEN :outcome IN ('failed', 'timed_out') THEN consecutive_failures + 1
+                        WHEN :outcome IN ('done', 'nothing', 'more') THEN 0
+                        ELSE consecutive_failures END,
+                    ended = ended + (:seconds IS NOT NULL),
+                    last_seconds = coalesce(:seconds, last_seconds),
+                    min_seconds = coalesce(min(min_seconds, :seconds), min_seconds, :seconds),
+                    max_seconds = coalesce(max(max_seconds, :seconds), max_seconds, :seconds),
+                    total_seconds = total_seconds + coalesce(:seconds, 0),
+                    volume = volume + coalesce(:volume, 0),
+                    state = coalesce(:state, state),
+                    next_run_at = coalesce(:next_run_at, next_run_at),
+                    extra_at = CASE WHEN :again IS NULL THEN extra_at ELSE :now END,
+                    extra_trigger = coalesce(:again, extra_trigger)
+                WHERE name = (SELECT task FROM run WHERE id = :run)
+                """,
+                values,
+            )
+            return self.run(run)
+
+    def open_runs(self) -> list[Row]:
+        return self.rows("SELECT * FROM run WHERE ended_at IS NULL")
+
+    def run(self, run: int) -> Row | None:
+        return self.row("SELECT * FROM run WHERE id = ?", (run,))
+
+    def history(self, task: str | None, count: int) -> list[Row]:
+        """Return the runs of one task, or of all, newest first."""
+        where = "WHERE task = :task" if task is not None else ""
+        return self.rows(
+            f"SELECT * FROM run {where} ORDER BY id DESC LIMIT :count",  # noqa: S608 - ours
+            {"task": task, "count": count},
+        )
+
+    def usual_seconds(self, task: str) -> float | None:
+        """Return how long a run usually takes: the 90th percentile of the last 20, or None.
+
+        Runs that ended ``more``, or at their deadline, took what time there was, and do not count.
+        """
+        found = self.rows(
+            """
+            SELECT ended_at - started_at AS seconds
+            FROM (SELECT * FROM run
+                  WHERE task = ? AND outcome IN ('done', 'nothing', 'failed')
+                    AND ended_at < deadline_at
+                  ORDER BY id DESC LIMIT 20)
+            ORDER BY seconds
+            """,
+            (task,),
+        )
+        return found[len(found) * 9 // 10]["seconds"] if found else None
+
+    # -- wake-ups
+
+    def write_wakeup(self, values: Mapping[str, Any]) -> int:
+        """Note a wake-up, or how it went on, and return its number; only the last are kept."""
+        with self:
+            number = self.put("wakeup", values)
+            self.execute("DELETE FROM wakeup WHERE id <= ?", (number - WAKEUPS_KEPT,))
+            return number
+
+    def last_seen(self) -> float:
+        """Return the latest wall time that the last wake-up noted; 0 if there was none."""
+        last = self.last_wakeup()
+        return max(last["started_at"], last["ended_at"] or 0) if last else 0.0
+
+    def last_wakeup(self) -> Row | None:
+        return self.row("SELECT * FROM wakeup ORDER BY id DESC LIMIT 1")
+
+
+def task_from(row: Row) -> Task:
+    """Return a task as the store remembers it."""
+    import json
+
+    script, argv, settings = json.loads(row["definition"])
+    error = row["error"]
+    return Task(row["name"], row["file"], row["fingerprint"], script, tuple(argv), settings, error)
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    db.execute("BEGIN IMMEDIATE")
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])  # again, under the lock
+    for script in MIGRATIONS[version:]:
+        statement = ""
+        for line in script.splitlines(keepends=True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                db.execute(statement)
+                statement = ""
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    db.execute("COMMIT")
+
+
+def open_store(state_dir: str) -> Store:
+    """Open the state, made new if there is none, with modes that keep others out."""
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        oldest = ".".join(map(str, OLDEST_SQLITE))
+        raise UnavailableError(f"needs SQLite {oldest} or newer, this is {sqlite3.sqlite_version}")
+    path = os.path.join(state_dir, "bgtasks.db")
+    _make(state_dir, lambda: os.mkdir(state_dir, 0o700))
+    if not os.path.isdir(state_dir):
+        raise ConfigError(f"{state_dir}: is no folder; set state_dir to one")
+    _make(path, lambda: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)))
+    store = Store(path)
+    store.rows("SELECT 1")
+    for folder in (os.path.join(state_dir, name) for name in ("runs", "locks")):
+        _make(folder, lambda folder=folder: os.mkdir(folder, 0o700))
+    return store
+
+
+def _make(path: str, make: Callable[[], None]) -> None:
+    """Make a file or folder unless it is there."""
+    try:
+        make()
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise cannot_create(path, error) from None
+
+
+def cannot_create(path: str, error: OSError) -> BgtasksError:
+    """Return the error of a file that could not be made, with the way out."""
+    text = f"{path}: cannot be made ({error.strerror})"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RefusedError(f"{text}; check the permissions")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+        return StorageError(f"{text}; make room on the disk")
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+        return ProcessError(f"{text}; raise the limit (ulimit)")
+    return CreateError(f"{text}; check the path")
+
+
+# --- Keeper ---------------------------------------------------------------------------------------
+# One run goes in; its files under state/runs say how it went. A keeper never opens the store: the
+# runner, or a later one, reads what it wrote. Files of a run, by suffix: `.out` output and lock,
+# `.keeper` what our processes noted, `.report` what the task reported, `.input` what it may read.
+
+GRACE_SECONDS = 10.0
+LEFTOVER_SECONDS = 2.0
+HEAD_BYTES, TAIL_BYTES = 16 << 10, 48 << 10
+REPORT_BYTES = 1 << 20
+SUFFIXES = (".out", ".keeper", ".report", ".input")
+
+
+class Brief(NamedTuple):
+    """All that a keeper is told about its run."""
+
+    task: Task
+    live: str  # path of the files of the run, without suffix
+    tasks_dir: str
+    started: float  # on the monotonic clock
+    deadline: float  # on the monotonic clock
+    env: Mapping[str, str]
+    given: Mapping[str, Any]  # what the task may know
+
+
+class Signals:
+    """Signals that arrived, as numbers from a pipe that wakes whoever waits; nothing else happens."""
+
+    def __init__(self, *numbers: int) -> None:
+        import signal
+
+        self.readable, self._writable = os.pipe()
+        for fd in (self.readable, self._writable):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+
+    def taken(self) -> bytes:
+        """Return the numbers of the signals that arrived since the last call."""
+        try:
+            return os.read(self.readable, 4096)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        import signal
+
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self.readable)
+        os.close(self._writable)
+
+
+def reset_signals() -> None:
+    """Give all signals their default action, whatever we or our caller had set or blocked."""
+    import signal
+
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        if signal.getsignal(number) not in (signal.SIG_DFL, None):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def signal_name(number: int) -> str:
+    import signal
+
+    names = {int(each): each.name for each in signal.Signals}
+    return names.get(number, f"signal {number}")
+
+
+# -- the files of a run
+
+
+def new_live_files(state_dir: str) -> tuple[str, int]:
+    """Create and lock the output file of a new run; return its path without suffix, and it.
+
+    The lock lives on the open file that keeper and task inherit as stdout and stderr, so the kernel
+    keeps it as long as one of them lives: flock(2).
+    """
+    import fcntl
+
+    while True:
+        live = os.path.join(state_dir, "runs", os.urandom(8).hex())
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND
+        try:
+            output = os.open(live + ".out", flags, 0o600)
+        except OSError as error:
+            raise cannot_create(live + ".out", error) from None
+        fcntl.flock(output, fcntl.LOCK_EX)
+        if os.fstat(output).st_nlink:
+            return live, output
+        os.close(output)  # pragma: no cover (race: swept between its making and its lock)
+
+
+def remove_live_files(live: str) -> None:
+    for suffix in SUFFIXES:
+        try:
+            os.unlink(live + suffix)
+        except FileNotFoundError:
+            pass
+
+
+def probe_lock(path: str) -> int | None:
+    """Return the output file with a shared lock on it, or None while a run holds it.
+
+    Shared, so that two who probe never take each other for a run. Raises FileNotFoundError.
+    """
+    import fcntl
+
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def is_locked(path: str) -> bool:
+    try:
+        fd = probe_lock(path)
+    except FileNotFoundError:
+        return False
+    if fd is not None:
+        os.close(fd)
+    return fd is None
+
+
+def test_locks(state_dir: str) -> None:
+    """Raise ConfigError if locks on this file system do not keep others out, or do not end."""
+    try:
+        live, fd = new_live_files(state_dir)
+        readable, writable = os.pipe()
+        child = fork(lambda: 0 * len(os.read(readable, 1)))
+        os.close(fd)  # the child's copy alone must hold the lock now
+        held = is_locked(live + ".out")
+        os.write(writable, b".")
+        os.waitpid(child, 0)
+        works = held and not is_locked(live + ".out")
+        os.close(readable)
+        os.close(writable)
+        remove_live_files(live)
+    except OSError as error:
+        what = f"{state_dir}: cannot lock files there ({error.strerror})"
+        raise ConfigError(f"{what}; set state_dir to a folder on a local disk") from None
+    if not works:
+        what = f"{state_dir}: file locks do not keep others out there"
+        raise ConfigError(f"{what}; set state_dir to a folder on a local disk")
+
+
+def note(notes: int, **facts: Any) -> None:
+    """Append what one of our processes knows to `.keeper`; one write, so whole or not at all."""
+    import json
+
+    os.write(notes, json.dumps(facts).encode() + b"\n")
+
+
+def read_notes(live: str) -> dict[str, Any]:
+    """Return what our processes noted about a run; an unfinished last line is none."""
+    import json
+
+    notes: dict[str, Any] = {}
+    for line in read_bytes(live + ".keeper").splitlines(keepends=True):
+        notes.update(json.loads(line) if line.endswith(b"\n") else {})
+    return notes
+
+
+def read_bytes(path: str, at_most: int = -1) -> bytes:
+    """Return the end of a file, or nothing if it is gone."""
+    try:
+        with open(path, "rb") as file:
+            if at_most > 0:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - at_most))
+            return file.read(at_most)
+    except FileNotFoundError:
+        return b""
+
+
+def read_report(live: str) -> dict[str, Any]:
+    """Return what a task reported; the last line of each kind counts. `complaint`: a line is wrong."""
+    report: dict[str, Any] = {}
+    for line in read_bytes(live + ".report", REPORT_BYTES).decode("utf-8", "replace").splitlines():
+        key, _, value = (part.strip() for part in line.partition("="))
+        try:
+            if line.strip():
+                report[key] = _report_value(key, value)
+        except ValueError as error:
+            report["complaint"] = f"report: {shortened(line, 40)!r} {error}"
+    return report
+
+
+def _report_value(key: str, value: str) -> Any:
+    import json
+
+    if key == "volume":
+        if not (value.isascii() and value.isdigit() and len(value) < 19):
+            raise ValueError("must be a whole number")
+        return int(value)
+    if key == "result" and value not in (DONE, NOTHING, MORE):
+        raise ValueError("must be done, nothing or more")
+    if key == "state" and not isinstance(json.loads(value), dict):
+        raise ValueError("must be a JSON object")
+    if key not in ("progress", "message", "result", "next_run", "state"):
+        raise ValueError("must begin with volume, progress, message, result, next_run or state")
+    return value
+
+
+def read_output(live: str, cut: int, secrets: Iterable[str]) -> str:
+    """Return head and tail of what a task printed, secrets masked, and how much was cut."""
+    try:
+        with open(live + ".out", "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(HEAD_BYTES)
+            file.seek(max(HEAD_BYTES, size - TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return ""
+    cut += max(0, size - HEAD_BYTES - TAIL_BYTES)
+    if not cut:
+        return masked(head + tail, secrets)
+    return f"{masked(head, secrets)}\n[... {cut} bytes cut ...]\n{masked(tail, secrets)}"
+
+
+def masked(content: bytes, secrets: Iterable[str]) -> str:
+    text = content.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
+# -- which processes live
+
+
+def process_stat(pid: int) -> list[str]:
+    """Return name, state, parent, group ... of a process as proc(5) orders them; [] if it is gone."""
+    text = read_bytes(f"/proc/{pid}/stat").decode("utf-8", "backslashreplace")
+    head, _, tail = text.rpartition(")")
+    return [head.partition("(")[2], *tail.split()] if tail else []
+
+
+def identity(pid: int) -> str:
+    """Return what tells a process from a later one with the same number; empty if it is gone."""
+    process = process_stat(pid)
+    return f"{boot_id()}:{process[20]}" if process else ""
+
+
+def boot_id() -> str:
+    """Return what tells this boot of the machine from others, or empty text if nothing does."""
+    return read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def group_members(group: int) -> list[str]:
+    """Return the living processes of a process group as ``pid (name)``."""
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return []
+    if not os.path.isdir("/proc/self"):  # pragma: no cover (Linux has it)
+        return [f"group {group}"]
+    members = [(pid, process_stat(int(pid))) for pid in os.listdir("/proc") if pid.isdigit()]
+    return [
+        f"{pid} ({process[0]})"
+        for pid, process in members
+        if process and process[3] == str(group) and process[1] not in "ZX"
+    ]
+
+
+def task_lives(notes: Mapping[str, Any]) -> bool:
+    """Tell whether the process group that was noted for a run still has living members.
+
+    A number that was given to another process since is told by its identity; a group keeps its
+    number as long as it has members. Another boot has none of them.
+    """
+    group, noted = notes.get("group", [0, ""])
+    if not group or noted.partition(":")[0] != boot_id():
+        return False
+    return identity(group) in ("", noted) and bool(group_members(group))
+
+
+def signal_group(group: int, number: int) -> None:
+    """Send a signal to a process group, then SIGCONT: a stopped process takes only SIGKILL."""
+    import signal
+
+    for each in (number, signal.SIGCONT):
+        try:
+            os.killpg(group, each)
+        except (ProcessLookupError, PermissionError):
+            return
+
+
+# -- the keeper's process
+
+
+def fork(body: Callable[[], int]) -> int:
+    """Fork; the child does ``body`` and leaves with the code it returns. Raises OSError."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = EXIT_BUG
+    try:
+        code = body()
+    except BaseException:  # noqa: BLE001 - a child must never run on in its parent's code
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def keep(brief: Brief, output: int, clock: Clock) -> int:
+    """Watch over one run from its start to its end, and note how it ended."""
+    import signal
+
+    os.setsid()
+    reset_signals()
+    _keep_only(output)
+    signals = Signals(signal.SIGCHLD, signal.SIGTERM)
+    notes = append_to(brief.live + ".keeper")
+    note(notes, keeper=[os.getpid(), identity(os.getpid())], began=brief.started)
+    try:
+        group = fork(lambda: task_side(brief, notes, clock))
+    except OSError as error:
+        note(notes, end="", unstarted=f"could not start: {error.strerror}", seconds=0.0)
+        return EXIT_SYSTEM
+    verdict, status, peak, cut = _watch(brief, group, signals, clock)
+    seconds = clock.monotonic() - brief.started
+    left = _clear_group(group, LEFTOVER_SECONDS, clock)
+    note(notes, end=verdict, status=status, peak=peak, cut=cut, left=left, seconds=seconds)
+    for fd in (1, 2):  # what still holds the lock now has left the group
+        os.dup2(0, fd)
+    if is_locked(brief.live + ".out"):
+        note(notes, left=[*left, "a process in a session of its own, which was let live"])
+    return EXIT_OK
+
+
+def _keep_only(output: int) -> None:
+    """Put ``output`` on stdout and stderr, nothing on stdin, and close all else."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd, target in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(fd, target)
+    for name in os.listdir("/dev/fd"):
+        try:
+            if int(name) > 2:
+                os.close(int(name))
+        except OSError:  # the one that read the folder
+            pass
+
+
+def append_to(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+def _watch(brief: Brief, group: int, signals: Signals, clock: Clock) -> tuple[str, int, int, int]:
+    """Wait for the task process, and end it when it must; return verdict, status, peak and cut.
+
+    The verdict is empty if it ended by itself; the status is negative for a signal; the peak memory
+    is in KiB; cut counts the bytes taken out of its output.
+    """
+    import signal
+
+    verdict, cut, pause = "", 0, 0.05
+    ends_at = brief.started + float(brief.task.settings["timeout"])
+    while True:
+        cut += _cut_output(int(brief.task.settings["output_limit"]))
+        reaped, status, usage = os.wait4(group, os.WNOHANG)
+        if reaped:
+            peak = usage.ru_maxrss // (1 if sys.platform == "linux" else 1024)
+            return verdict, os.waitstatus_to_exitcode(status), peak, cut
+        now = clock.monotonic()
+        asked = signal.SIGTERM in signals.taken()
+        if now >= ends_at or asked:
+            signal_group(group, signal.SIGKILL if verdict else signal.SIGTERM)
+            verdict = verdict or (INTERRUPTED if asked else TIMED_OUT)
+            ends_at = now + GRACE_SECONDS
+        clock.wait(min(pause, ends_at - now), [signals.readable])
+        pause = min(1.0, pause * 2)
+
+
+def _cut_output(limit: int) -> int:
+    """Take the middle out of an output that grew over its limit; return how many bytes."""
+    size = os.fstat(1).st_size
+    if size <= max(limit, HEAD_BYTES + TAIL_BYTES):
+        return 0
+    tail = os.pread(1, TAIL_BYTES, size - TAIL_BYTES)
+    os.ftruncate(1, HEAD_BYTES)
+    os.write(1, tail)
+    return size - HEAD_BYTES - len(tail)
+
+
+def _clear_group(group: int, seconds: float, clock: Clock) -> list[str]:
+    """End what a task process left behind in its group; return what that was."""
+    import signal
+
+    left = group_members(group)
+    if left:
+        signal_group(group, signal.SIGTERM)
+        until = clock.monotonic() + seconds
+        while group_members(group) and clock.monotonic() < until:
+            clock.wait(0.02)
+        signal_group(group, signal.SIGKILL)
+    return left
+
+
+def end_orphan(live: str, group: int, clock: Clock) -> int:
+    """End a run past its timeout whose keeper is dead, and note it in the keeper's place."""
+    os.setsid()
+    reset_signals()
+    _clear_group(group, GRACE_SECONDS, clock)
+    note(append_to(live + ".keeper"), end=TIMED_OUT)
+    return EXIT_OK
+
+
+# -- the task's process
+
+
+def task_side(brief: Brief, notes: int, clock: Clock) -> int:
+    """Be the leader of the task's process group: call ``run(task)``, or start the program.
+
+    It notes the exit itself, so that the true end is known even if the keeper was killed.
+    """
+    os.setpgid(0, 0)
+    reset_signals()
+    note(notes, group=[os.getpid(), identity(os.getpid())])
+    os.chdir(brief.tasks_dir)
+    code, reason = _run_program(brief, notes) if brief.task.argv else _run_python(brief, clock)
+    note(notes, exit=code, reason=reason, seconds=clock.monotonic() - brief.started)
+    return code & 0xFF
+
+
+def _limit(settings: Mapping[str, Any]) -> None:
+    import resource
+
+    os.nice(settings["nice"])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if settings["memory_limit"]:
+        resource.setrlimit(resource.RLIMIT_AS, (settings["memory_limit"],) * 2)
+
+
+def _run_program(brief: Brief, notes: int) -> tuple[int, str]:
+    import signal
+
+    # what ends the group must not end the one who notes how the program ended
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    pid = fork(lambda: _exec_program(brief, notes))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), ""
+
+
+def _exec_program(brief: Brief, notes: int) -> int:
+    reset_signals()
+    argv = brief.task.argv
+    try:
+        if brief.task.script:
+            path = os.path.join(brief.tasks_dir, brief.task.script)
+            refuse_unsafe(os.stat(path), path, "task")
+            refuse_unsafe_parents(os.path.realpath(path))
+        _limit(brief.task.settings)
+        os.execvpe(argv[0], argv, dict(brief.env))
+    except (OSError, ValueError, BgtasksError) as error:
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        note(notes, unstarted=f"could not start {shortened(argv[0])}: {what}")
+    return 127
+
+
+def _run_python(brief: Brief, clock: Clock) -> tuple[int, str]:
+    """Call ``run(task)`` of a Python task; return its exit code and, if it failed, the reason."""
+    import faulthandler
+    import signal
+    import traceback
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)  # so that `finally` and `with` of the task clean up
+
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    signal.signal(signal.SIGTERM, end)
+    faulthandler.enable(sys.stderr)
+    faulthandler.register(signal.SIGTERM, file=sys.stderr, chain=True)
+    os.environ.clear()
+    os.environ.update(brief.env)
+    context = TaskContext(brief, clock)
+    try:
+        _limit(brief.task.settings)
+        context.returned(_load(brief)(context))
+        _join_threads()
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0, ""
+        return 1, shortened(str(error.code), 400)
+    except BaseException as error:  # noqa: BLE001 - whatever a task raises is how it failed
+        traceback.print_exc()
+        return 1, shortened(f"{type(error).__name__}: {safe_text(error)}", 400)
+    finally:
+        context.save()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0, ""
+
+
+def _load(brief: Brief) -> Callable[[TaskContext], object]:
+    """Execute the file of a Python task, the very bytes that passed the check, and return `run`."""
+    from types import ModuleType
+
+    path = os.path.join(brief.tasks_dir, brief.task.script)
+    name = "bgtasks_task_" + brief.task.name.replace("-", "_")
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = path
+    sys.argv = [path]
+    # last, so that a file beside it can be imported but never hides a module of Python
+    sys.path.append(brief.tasks_dir)
+    exec(compile(read_checked(path), path, "exec", dont_inherit=True), module.__dict__)  # noqa: S102 - the task
+    run: Callable[[TaskContext], object] = module.run
+    return run
+
+
+def _join_threads() -> None:
+    import threading
+
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()
+
+
+def safe_text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - a task's own class decides what happens here
+        return f"<unprintable {type(value).__name__}>"
+
+
+class TaskContext:
+    """What ``run(task)`` is handed: what it may know, and how it reports."""
+
+    MORE = MORE
+    NOTHING = NOTHING
+
+    def __init__(self, brief: Brief, clock: Clock) -> None:
+        given = brief.given
+        self.name: str = given["task"]
+        self.run: int = given["run"]
+        self.slot: float = given["slot"]
+        self.deadline: float = given["deadline"]
+        self.last_success: float | None = given["last_success"]
+        self.node: str = given["node"]
+        self.state_dir: str = given["state_dir"]
+        self.maximum: int | None = given["maximum"]
+        self.options: Mapping[str, Any] = given["options"]
+        self.settings: Mapping[str, Any] = given["settings"]
+        self.state: dict[str, Any] = dict(given["state"])
+        self.volume = 0
+        self.message = ""
+        self.next_run: datetime | float | str | None = None
+        self._clock, self._deadline = clock, brief.deadline
+        self._report = append_to(brief.live + ".report")
+        self._result = ""
+        self._saved, self._saved_at = self._state_text(), clock.monotonic()
+
+    @property
+    def time_left(self) -> float:
+        """Seconds until the deadline; 0 after it."""
+        return max(0.0, self._deadline - self._clock.monotonic())
+
+    @property
+    def should_stop(self) -> bool:
+        return not self.time_left
+
+    def each(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield the items until the deadline (the run then ends as `more`) or the maximum."""
+        for treated, item in enumerate(items):
+            if self.should_stop:
+                self._result = self._result or MORE
+                return
+            if self.maximum is not None and treated >= self.maximum:
+                return
+            yield item
+            if self._clock.monotonic() - self._saved_at >= 1:
+                self._save_state()
+
+    def progress(self, done: int, of: int | None = None) -> None:
+        """Say how far it is; shown while it runs."""
+        self._write("progress", str(done) if of is None else f"{done}/{of}")
+
+    def add_volume(self, number: int = 1) -> None:
+        """Count what was treated; shown in the history."""
+        self.volume += number
+        self._write("volume", str(self.volume))
+
+    def returned(self, value: object) -> None:
+        """Take what ``run(task)`` returned: a result, or text for people."""
+        if value is MORE or value is NOTHING:
+            self._result = str(value)
+        elif value is not None and not self.message:
+            self.message = safe_text(value)
+
+    def save(self) -> None:
+        """Write what was set but not yet reported."""
+        self._save_state()
+        for key, value in (("message", self.message), ("result", self._result)):
+            if value:
+                self._write(key, safe_text(value)[:65536])
+        if self.next_run is not None:
+            self._write("next_run", safe_text(self.next_run))
+
+    def _save_state(self) -> None:
+        self._saved_at = self._clock.monotonic()
+        text = self._state_text()
+        if text != self._saved:
+            self._saved = text
+            self._write("state", text)
+
+    def _state_text(self) -> str:
+        import json
+
+        try:
+            return json.dumps(self.state, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            return str(error)  # no JSON object, so the report complains of it
+
+    def _write(self, key: str, value: str) -> None:
+        os.write(self._report, f"{key}={' '.join(value.splitlines())}\n".encode("utf-8", "replace"))
+
+
+# -- how a run ended
+
+
+def read_end(row: Row, live: str, secrets: Iterable[str], moment: Callable[[str], int]) -> End | None:
+    """Return how an open run ended, or None while it runs. ``moment`` reads a reported `next_run`.
+
+    The lock is probed first: who held it has written its last note before letting it go.
+    """
+    locked = is_locked(live + ".out")
+    notes = read_notes(live)
+    if "end" not in notes and (locked or task_lives(notes)):
+        return None
+    report = read_report(live)
+    outcome, reason = _judge(notes, report)
+    left = f"left behind: {', '.join(notes['left'])}" if notes.get("left") else ""
+    reasons = [reason, left, report.get("complaint", "")]
+    next_run_at = None
+    try:
+        next_run_at = moment(report["next_run"]) if "next_run" in report else None
+    except ValueError as error:
+        reasons.append(f"report: next_run {error}")
+    seconds = notes.get("seconds")
+    return End(
+        outcome=outcome,
+        reason=masked(shortened(joined(*reasons), 1000).encode(), secrets),
+        message=masked(report.get("message", "").encode(), secrets),
+        volume=report.get("volume"),
+        exit_code=notes.get("exit", notes.get("status")),
+        peak_kib=notes.get("peak"),
+        output=read_output(live, notes.get("cut", 0), secrets),
+        seconds=seconds,
+        state=report.get("state"),
+        next_run_at=next_run_at,
+        overran=seconds is not None and seconds > row["deadline_at"] - row["started_at"] + 5,
+    )
+
+
+def joined(*texts: str) -> str:
+    return "; ".join(text for text in texts if text)
+
+
+def _judge(notes: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[str, str]:
+    """Return outcome and reason, from what keeper, task process and task said."""
+    verdict, code = notes.get("end", ""), notes.get("exit")
+    if verdict == TIMED_OUT:
+        return TIMED_OUT, "did not end by its timeout and was ended"
+    if "unstarted" in notes:
+        return FAILED, notes["unstarted"]
+    if verdict and code != 0:
+        return verdict, "the runner was told to stop"
+    if code == 0:
+        return report.get("result") or DONE, ""
+    if code is None and "end" not in notes:
+        return INTERRUPTED, "its processes vanished before it ended (killed, or the machine went down)"
+    if code is None and notes["status"] == 0:
+        return FAILED, "ended without reporting (os._exit)"
+    code = notes["status"] if code is None else code
+    if code >= 0:
+        return FAILED, notes.get("reason") or f"exit code {code}"
+    return FAILED, f"ended by {signal_name(-code)}" + " (maybe out of memory)" * (code == -9)
+
+
+# --- Runner ---------------------------------------------------------------------------------------
+# Settings and a store go in, keepers come out: settle what was left behind, read tasks.d, start what
+# is due in order, wait. It tells what happens through a callback and prints nothing.
+
+SELF_CLEARANCE_SECONDS = 5.0  # a wake-up this close to its end is waited for
+SHORTEST_DEADLINE_SECONDS = 60.0
+ONE_LOOK_DEADLINE_SECONDS = 600.0
+CLOCK_STEP_SECONDS = 2.0
+
+PASSED_ON = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "USER", "LOGNAME", "SHELL", "TMPDIR")
+
+Tell = Callable[[str, Mapping[str, Any]], None]
+
+
+class Selection(NamedTuple):
+    """Which tasks a wake-up may start; empty means all."""
+
+    task: tuple[str, ...] = ()
+    exclude_task: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+    exclude_group: tuple[str, ...] = ()
+
+    def takes(self, row: Row) -> bool:
+        return (
+            (not self.task or row["name"] in self.task)
+            and row["name"] not in self.exclude_task
+            and (not self.group or row["group"] in self.group)
+            and row["group"] not in self.exclude_group
+        )
+
+    def text(self) -> str:
+        """Return the flags that make this selection, in one fixed order."""
+        pairs = zip(self._fields, self)
+        return " ".join(f"--{key}={','.join(sorted(names))}" for key, names in pairs if names)
+
+
+class RunnerLock:
+    """Held by the one runner of a selection. It orders starts; what is safe is the claim."""
+
+    def __init__(self, state_dir: str, selection: Selection) -> None:
+        import zlib
+
+        text = selection.text()
+        name = f"wakeup-{zlib.crc32(text.encode()):08x}.lock" if text else "wakeup.lock"
+        self._path = os.path.join(state_dir, "locks", name)
+        self._fd = -1
+
+    def take(self, ends_at: float | None, clock: Clock) -> bool:
+        """Take the lock; False if its holder will be at work for longer than a few seconds.
+
+        ``ends_at`` is when this wake-up will give it back, on the monotonic clock. The wait lets a
+        crontab line as regular as the runner's own time (every 5 min, 600 s) miss no turn.
+        """
+        import fcntl
+
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self._fd = os.open(self._path, flags, 0o600)
+        except OSError as error:
+            raise cannot_create(self._path, error) from None
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                text = os.pread(self._fd, 64, 0)
+            left = float(text) - clock.monotonic() if text else float("inf")
+            if not -1.0 < left <= SELF_CLEARANCE_SECONDS:
+                self.give_back()
+                return False
+            clock.wait(0.02)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, b"" if ends_at is None else f"{ends_at:.3f}".encode(), 0)
+        return True
+
+    def give_back(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Started(NamedTuple):
+    """A run of this runner."""
+
+    run: int
+    task: Task
+    live: str
+    began: float  # on the monotonic clock
+    counts_until: float  # on the monotonic clock; after that it delays nobody
+
+
+def plan_task(task: Task, old: Row | None, settings: Settings, now: float) -> Planned | None:
+    """Return when a task that was read is due, or None if what is planned still holds."""
+    import json
+
+    if task.error:
+        return None
+    values = task.settings
+    text = json.dumps([values["schedule"], values["timezone"] or settings.timezone])
+    if old and old["schedule"] == text:
+        return None
+    anchor = schedule_of(values, settings, task.name).anchor_for(now)
+    if old and old["schedule"] and old["last_slot"] is not None:
+        anchor = old["last_slot"]
+    schedule = schedule_of(values, settings, task.name, anchor)
+    new = not old or not old["schedule"]
+    next_run_at = schedule.first(now) if new else schedule.next_after(now)
+    return Planned(text, schedule.always, int(anchor), next_run_at)
+
+
+def read_moment(text: str, zone: Zone, now: float) -> int:
+    """Return the Unix seconds of a reported moment: a number, or ISO 8601 (in ``zone`` if it has no
+    offset). Raises ValueError if it cannot be read or is not in the future."""
+    try:
+        if text.isascii() and text.replace(".", "", 1).isdigit():
+            moment = float(text)
+        else:
+            read = datetime.fromisoformat(text.replace("Z", "+00:00"))
+            moments = zone.moments(read) if read.tzinfo is None else [read.timestamp()]
+            moment = moments[0] if moments else 0.0
+    except (ValueError, OverflowError):
+        raise ValueError(f"{shortened(text)!r} is neither Unix seconds nor ISO 8601") from None
+    if not now < moment < now + 100 * 366 * 86400:
+        raise ValueError(f"{shortened(text)!r} is not in the future")
+    return int(moment)
+
+
+def user_name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+def refuse_wrong_user(state_dir: str) -> None:
+    """Raise RefusedError unless we run as the owner of the state, as its files stay theirs."""
+    if os.geteuid() != os.getuid():
+        raise RefusedError("runs with another user's rights (setuid); start it as the user itself")
+    place = state_dir if os.path.exists(state_dir) else os.path.dirname(state_dir)
+    if place != state_dir and os.geteuid():
+        return  # somebody makes their own state, where they may
+    try:
+        owner = os.stat(place).st_uid
+    except OSError as error:
+        raise CreateError(f"{place}: {error.strerror}; set state_dir") from None
+    if owner != os.geteuid():
+        name = user_name(owner)
+        raise RefusedError(
+            f"{place}: belongs to {name}, you are {user_name(os.geteuid())};"
+            f" run it as {name} (sudo -u {name} ...)"
+        )
+
+
+def refuse_nested(environ: Mapping[str, str]) -> None:
+    if environ.get("BGTASKS_RUN"):
+        raise BusyError("a task cannot wake bgtasks or run a task; use a schedule instead")
+
+
+def refuse_unsafe_folder(tasks_dir: str) -> None:
+    """Raise RefusedError if somebody else could put a task into the folder."""
+    try:
+        info = os.stat(tasks_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"{tasks_dir}: cannot read the folder of tasks ({error.strerror});"
+            " make it, or set tasks_dir"
+        ) from None
+    refuse_unsafe(info, tasks_dir, "folder of tasks")
+    refuse_unsafe_parents(os.path.realpath(tasks_dir))
+
+
+class Runner:
+    """One wake-up. Owns its keepers until they have ended."""
+
+    def __init__(
+        self, settings: Settings, store: Store, clock: Clock, trigger: str, tell: Tell
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.clock = clock
+        self.trigger = trigger
+        self.tell = tell
+        keys = Selection._fields
+        self.selection = Selection(*(tuple(getattr(settings, key)) for key in keys))
+        self.running: dict[int, Started | None] = {}  # by process id; None: ends an orphan
+        self.queue: list[Row] = []
+        self.started = 0
+        self.failed = 0
+        self.stop_signal = 0
+        self.trouble: BgtasksError | None = None
+        self._signals: Signals | None = None
+        self._always_started: set[str] = set()
+        self._steps = int(store.fact("steps") or 0)
+        self._offset = clock.now() - clock.monotonic()
+        self._began = clock.monotonic()
+        self._budget = float(settings.cron_max_execution_time)
+        self._ends_at = self._began + self._budget if self._budget else None
+        self._began_at = clock.now()
+        self._wakeup = 0  # the number of its row, once it has one
+
+    # -- a wake-up
+
+    def wake_up(self) -> None:
+        """Do what is due until the time is up, then wait for the keepers still at work."""
+        lock = RunnerLock(self.settings.state_dir, self.selection)
+        if not lock.take(self._ends_at, self.clock):
+            self._write_wakeup("busy", self.clock.now())
+            self.tell("busy", {})
+            return
+        try:
+            self._notice_clock(self.store.last_seen())
+            self.sweep()
+            self._work()
+        finally:
+            lock.give_back()
+        self._drain()
+        self._write_wakeup("maintenance" if self.in_maintenance() else "worked", self.clock.now())
+
+    def _work(self) -> None:
+        look_at = self._began
+        while not self.stop_signal:
+            if self.clock.monotonic() >= look_at:
+                self._look()
+                look_at = self.clock.monotonic() + float(self.settings.cron_sleep)
+            self._start_due()
+            now = self.clock.monotonic()
+            if self._ends_at is None and not self.queue or now >= (self._ends_at or now + 1):
+                return
+            due_in = self._due_in()
+            look_at = min(look_at, now + due_in)
+            self._wait(min(look_at, self._ends_at or look_at) - now)
+            if self._reap() and not self.queue and self._ends_at is not None:
+                look_at = now
+
+    def _look(self) -> None:
+        self._notice_clock(0.0)
+        self.read_folder()
+        self.settle()
+        self.queue = self.due()
+
+    def due(self) -> list[Row]:
+        """Return the tasks that this wake-up would start now, in the order of their turn."""
+        now = self.clock.now()
+        rows = [row for row in self.store.due(now) if self.selection.takes(row)]
+        return sorted((row for row in rows if self._wanted(row, now)), key=_turn)
+
+    def _wanted(self, row: Row, now: float) -> bool:
+        if row["always"] and row["name"] not in self._always_started:
+            return True
+        return any(at is not None and at <= now for at in (row["next_run_at"], row["extra_at"]))
+
+    def run_by_hand(self, name: str) -> Row | None:
+        """Run one task now and return its run; None if it runs already, or could not be started."""
+        self.sweep()
+        self.settle()
+        row = self.store.task(name)
+        run = row and self.start(row, "hand")
+        self._drain()
+        return self.store.run(run) if run else None
+
+    def _due_in(self) -> float:
+        """Return the seconds until the next slot, or until a run no longer keeps others waiting."""
+        now = self.clock.monotonic()
+        if self.queue:
+            counting = [run.counts_until for run in self.running.values() if run]
+            return min((at - now for at in counting if at > now), default=3600.0)
+        due = self.store.next_due(self.clock.now())
+        return 3600.0 if due is None else due - self.clock.now()
+
+    def in_maintenance(self) -> bool:
+        return os.path.exists(self.settings.maintenance_flag)
+
+    def _start_due(self) -> None:
+        limit = int(self.settings.cron_limit)
+        while self.queue and not self.stop_signal:
+            now = self.clock.monotonic()
+            counting = sum(1 for run in self.running.values() if run and run.counts_until > now)
+            if counting >= int(self.settings.max_parallel):
+                return
+            if self.in_maintenance() or limit and self.started >= limit:
+                self.queue.clear()
+                return
+            self.start(self.queue.pop(0))
+            self._take_signals()
+
+    def _wait(self, seconds: float) -> None:
+        signals = self._catch_signals()
+        if not self._wakeup:
+            self._write_wakeup("worked", None)
+        if self.running:
+            self.tell("progress", {"runs": [run for run in self.running.values() if run]})
+            seconds = min(seconds, 1.0)
+        self.clock.wait(seconds, [signals.readable])
+        self._take_signals()
+
+    def _catch_signals(self) -> Signals:
+        if self._signals is None:
+            import signal
+
+            stopping = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            self._signals = Signals(signal.SIGCHLD, *stopping)
+        return self._signals
+
+    def _take_signals(self) -> None:
+        """Note what arrived; a second signal to stop makes the keepers stop waiting."""
+        import signal
+
+        if self._signals is None:
+            return
+        for number in self._signals.taken():
+            if number != signal.SIGCHLD:
+                self.stop_signal = number
+                self.queue.clear()
+                self.stop_keepers()
+
+    def stop_keepers(self) -> None:
+        import signal
+
+        for pid in self.running:
+            os.kill(pid, signal.SIGTERM)
+
+    def _drain(self) -> None:
+        while self.running:
+            self._wait(3600.0)
+            self._reap()
+        if self._signals is not None:
+            self._signals.close()
+            self._signals = None
+
+    # -- what was left behind, and what changed
+
+    def read_folder(self) -> None:
+        """Bring the task table up to date with tasks.d."""
+        folder = discover(self.settings, self.store.known())
+        if not folder.changed and not folder.gone:
+            return
+        now = self.clock.now()
+        with self.store:
+            for task in folder.changed:
+                old = self.store.task(task.name)
+                self.store.write_task(task, plan_task(task, old, self.settings, now))
+                if task.error and (not old or old["error"] != task.error):
+                    self.tell("broken", {"task": task.name, "reason": task.error})
+            for name in folder.gone:
+                self.store.forget_file(name)
+
+    def settle(self) -> None:
+        """Write down the ends of runs that other runners left, and end those past their timeout."""
+        mine = {run.run for run in self.running.values() if run}
+        for row in self.store.open_runs():
+            if row["id"] in mine:
+                continue
+            task = task_from(self.store.task(row["task"]) or {})
+            live = os.path.join(self.settings.state_dir, "runs", row["live"])
+            if not self._finish(row["id"], task, live):
+                self._end_if_overdue(task, live)
+
+    def _end_if_overdue(self, task: Task, live: str) -> None:
+        notes = read_notes(live)
+        keeper, noted = notes.get("keeper", [0, ""])
+        worked = self.clock.monotonic() - notes.get("began", self.clock.monotonic())
+        if worked > task.settings["timeout"] and identity(keeper) != noted:
+            self.tell("overdue", {"task": task.name})
+            self._catch_signals()
+            self.store.close()
+            self.running[fork(lambda: end_orphan(live, notes["group"][0], self.clock))] = None
+
+    def sweep(self) -> None:
+        """Remove files of runs that were never opened: their runner died before its claim.
+
+        The lock is held meanwhile, so that nobody begins a run with a file that is being removed.
+        """
+        folder = os.path.join(self.settings.state_dir, "runs")
+        for name in {file.partition(".")[0] for file in os.listdir(folder)}:
+            live = os.path.join(folder, name)
+            try:
+                held = probe_lock(live + ".out")
+            except FileNotFoundError:
+                held = -1
+            if held is not None:
+                if name not in {row["live"] for row in self.store.open_runs()}:
+                    remove_live_files(live)
+                if held >= 0:
+                    os.close(held)
+
+    def _notice_clock(self, seen: float) -> None:
+        """See that the wall clock was set back since the last look, or since it was ``seen``."""
+        now = self.clock.now()
+        offset = now - self.clock.monotonic()
+        if max(self._offset - offset, seen - now) > CLOCK_STEP_SECONDS:
+            self._go_on_in_real_time(now)
+        self._offset = offset
+
+    def _go_on_in_real_time(self, now: float) -> None:
+        """Plan anew what follows real time; fixed times that were started are not repeated."""
+        self._steps += 1
+        self.store.put("fact", {"name": "steps", "value": str(self._steps)}, "name")
+        self.tell("clock", {})
+        for row in self.store.tasks():
+            if row["next_run_at"] is not None and row["file"] and not row["error"]:
+                schedule = self._schedule(task_from(row), row)
+                planned = schedule.next_after(now, row["last_slot"])
+                if planned is not None and planned < row["next_run_at"]:
+                    self.store.plan(row["name"], planned, row["next_run_at"])
+
+    def _schedule(self, task: Task, row: Row) -> Schedule:
+        return schedule_of(task.settings, self.settings, task.name, row["anchor_at"])
+
+    # -- one run
+
+    def start(self, row: Row, trigger: str = "") -> int | None:
+        """Claim and start a run; return its number, or None if there is none to start."""
+        task = task_from(row)
+        try:
+            claim = self._claim(task, row, trigger)
+        except TaskError as error:  # a package that its schedule needs is gone
+            self.store.write_task(task._replace(error=str(error), fingerprint=""))
+            return None
+        live, output = new_live_files(self.settings.state_dir)
+        try:
+            run = self.store.claim(
+                claim._replace(live=os.path.basename(live)), self._steps, self.clock.now()
+            )
+            if run is None:
+                remove_live_files(live)
+                return None
+            began = self.clock.monotonic()
+            brief = self._brief(run, task, row, claim, live, began)
+            self._catch_signals()
+            self.store.close()
+            try:
+                pid = fork(lambda: keep(brief, output, self.clock))
+            except OSError as error:
+                self._give_back(run, claim, live, error)
+                return None
+        finally:
+            os.close(output)
+        usual = self.store.usual_seconds(task.name)
+        patience = max(60.0, 2 * usual) if usual is not None else float("inf")
+        counts_until = min(brief.deadline, began + patience)
+        self.running[pid] = Started(run, task, live, began, counts_until)
+        self.started += 1
+        self._always_started.add(task.name)
+        self.tell("start", {"task": task.name, "run": run, "planned_at": claim.planned_at})
+        return run
+
+    def _claim(self, task: Task, row: Row, trigger: str) -> Claim:
+        """Return what to claim: the slot that is due, else an extra start, else one without either."""
+        now = self.clock.now()
+        slot, extra = row["next_run_at"], row["extra_at"]
+        next_run_at = None
+        if trigger or slot is None or slot > now:
+            slot = None
+        else:
+            next_run_at = self._schedule(task, row).next_after(now, slot)
+        if trigger or slot is not None or extra is None or extra > now:
+            extra = None
+        return Claim(
+            task=task.name,
+            slot=slot,
+            next_run_at=next_run_at,
+            extra_at=extra,
+            planned_at=slot or extra or now,
+            deadline_at=now + self._deadline_seconds(task),
+            trigger=trigger or (row["extra_trigger"] if extra else self.trigger),
+            live="",
+            node=str(self.settings.node),
+        )
+
+    def _deadline_seconds(self, task: Task) -> float:
+        if task.settings["deadline"]:
+            return float(task.settings["deadline"])
+        if self._ends_at is None:
+            return ONE_LOOK_DEADLINE_SECONDS
+        return max(SHORTEST_DEADLINE_SECONDS, self._ends_at - self.clock.monotonic())
+
+    def _brief(
+        self, run: int, task: Task, row: Row, claim: Claim, live: str, began: float
+    ) -> Brief:
+        import json
+
+        given = {
+            "task": task.name,
+            "run": run,
+            "slot": claim.planned_at,
+            "deadline": claim.deadline_at,
+            "last_success": row["last_success_at"],
+            "node": self.settings.node,
+            "state_dir": self.settings.state_dir,
+            "maximum": task.settings["maximum"],
+            "options": task.settings["options"],
+            "settings": {key: getattr(self.settings, key) for key in task.settings["settings"]},
+            "state": json.loads(row["state"]),
+        }
+        with open(append_to(live + ".input"), "w") as file:
+            json.dump(given, file)
+        deadline = began + claim.deadline_at - self.clock.now()
+        env = task_environment(task, live, given)
+        return Brief(task, live, self.settings.tasks_dir, began, deadline, env, given)
+
+    def _give_back(self, run: int, claim: Claim, live: str, error: OSError) -> None:
+        """Undo a claim, as the system would not give us a process; the next look tries again."""
+        self.store.give_back(run, claim)
+        remove_live_files(live)
+        self.queue.clear()
+        self.trouble = ProcessError(f"cannot start a process: {error.strerror}; raise the limit")
+        self.tell("trouble", {"reason": str(self.trouble)})
+
+    def _reap(self) -> bool:
+        """Take the keepers that have ended, and write down their runs; tell if there were any."""
+        ended = False
+        for pid in list(self.running):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                run = self.running.pop(pid)
+                if run:
+                    self._finish(run.run, run.task, run.live)
+                ended = True
+        return ended
+
+    def _finish(self, run: int, task: Task, live: str) -> bool:
+        """Write down the end of a run if it is over; return whether it is."""
+        row = self.store.run(run)
+        now = self.clock.now()
+        zone = Zone(task.settings["timezone"] or self.settings.timezone)
+        end = row and read_end(
+            row, live, self.settings.secrets, lambda text: read_moment(text, zone, now)
+        )
+        if not row or not end:
+            return False
+        again = "repeat" if end.outcome == MORE else ""
+        if end.outcome == INTERRUPTED and task.settings["on_interrupt"] == "again":
+            again = "again"
+        finished = self.store.finish(run, end, now, again=again)
+        if finished:
+            self.failed += end.outcome in FAILURES
+            self.tell("end", finished)
+        remove_live_files(live)
+        return True
+
+    # -- the wake-up's own row
+
+    def _write_wakeup(self, result: str, ended_at: float | None) -> None:
+        values: dict[str, Any] = {
+            "started_at": self._began_at,
+            "ended_at": ended_at,
+            "trigger": self.trigger,
+            "user": user_name(os.geteuid()),
+            "node": self.settings.node,
+            "selection": self.selection.text(),
+            "result": result,
+            "started": self.started,
+            "failed": self.failed,
+        }
+        if self._wakeup:
+            values["id"] = self._wakeup
+        self._wakeup = self.store.write_wakeup(values)
+
+
+def _turn(row: Row) -> tuple[bool, bool, int, float]:
+    """Return the place of a due task in the queue.
+
+    Repeats stand behind the others, and before them those whose last run failed, overran or took
+    its runner down, so that they delay nobody.
+    """
+    repeat = row["extra_trigger"] == "repeat"
+    troubled = row["last_outcome"] not in (None, DONE, NOTHING, MORE) or bool(row["last_overran"])
+    due_at = row["next_run_at"] if row["next_run_at"] is not None else row["extra_at"]
+    return repeat, troubled, row["order"], due_at or 0.0
+
+
+def task_environment(task: Task, live: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the environment of a task: built new, and without secrets."""
+    import json
+
+    env = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+    env.update({key: value for key, value in os.environ.items() if key.startswith("LC_")})
+    env.setdefault("PATH", "/usr/local/bin:/usr/bin:/bin")
+    for name, value in task.settings["options"].items():
+        if not is_secret(name):
+            key = "".join(c if c.isascii() and c.isalnum() else "_" for c in name.upper())
+            text = value if isinstance(value, str) else json.dumps(value)
+            env["BGTASKS_OPTION_" + key] = text
+    env.update(task.settings["env"])
+    last, most = given["last_success"], given["maximum"]
+    env.update(
+        BGTASKS_TASK=given["task"],
+        BGTASKS_RUN=str(given["run"]),
+        BGTASKS_SLOT=str(int(given["slot"])),
+        BGTASKS_DEADLINE=str(int(given["deadline"])),
+        BGTASKS_LAST_SUCCESS="" if last is None else str(int(last)),
+        BGTASKS_NODE=given["node"],
+        BGTASKS_STATE_DIR=given["state_dir"],
+        BGTASKS_MAXIMUM="" if most is None else str(most),
+        BGTASKS_REPORT=live + ".report",
+        BGTASKS_INPUT=live + ".input",
+    )
+    return env
+
+
+# --- Reports --------------------------------------------------------------------------------------
+# Rows of the store go in; JSON values and text for people come out. Nothing here writes or prints.
+
+TASK_KEYS = (
+    ("name", "state", "reason", "schedule", "next_run_at", "running", "progress"),
+    ("last_started_at", "last_ended_at", "last_outcome", "runs", "failures"),
+    ("consecutive_failures", "last_seconds", "min_seconds", "average_seconds", "max_seconds"),
+    ("volume", "description"),
+)
+RUN_KEYS = (
+    ("id", "task", "planned_at", "started_at", "ended_at", "outcome", "reason", "volume"),
+    ("message", "exit_code", "trigger", "node"),
+)
+WORST_FIRST = ("broken", "missing", "paused", "disabled", "active", "ignored")
+
+
+def task_rows(settings: Settings, store: Store, now: float) -> list[dict[str, Any]]:
+    """Return every file of tasks.d with what is known of it, as it is now, without writing."""
+    rows = {row["name"]: dict(row) for row in store.tasks()}
+    known = {k: Known(r["file"], r["script"], r["fingerprint"]) for k, r in rows.items()}
+    folder = discover(settings, known)
+    for task in folder.changed:
+        old = rows.get(task.name)
+        planned = plan_task(task, old, settings, now)
+        row = rows[task.name] = {**(old or {}), **(planned._asdict() if planned else {})}
+        row.update(name=task.name, file=task.file, error=task.error, settings=task.settings)
+    for name in folder.gone:
+        rows[name]["file"] = ""
+    for run in store.open_runs():
+        _show_run(rows[run["task"]], run, settings)
+    found = [_task_row(row, now) for row in rows.values()]
+    ignored = [{"name": file, "state": "ignored", "reason": r} for file, r in folder.ignored.items()]
+    every = [{key: row.get(key) for keys in TASK_KEYS for key in keys} for row in found + ignored]
+    return sorted(every, key=lambda row: (WORST_FIRST.index(row["state"]), row["name"].lower()))
+
+
+def _show_run(row: dict[str, Any], run: Row, settings: Settings) -> None:
+    """Put the true state of an open run into the row of its task."""
+    live = os.path.join(settings.state_dir, "runs", run["live"])
+    end = read_end(run, live, settings.secrets, int)
+    row["last_outcome"] = end.outcome if end else RUNNING
+    row["running"] = not end
+    row["progress"] = None if end else read_report(live).get("progress")
+
+
+def _task_row(row: Mapping[str, Any], now: float) -> dict[str, Any]:
+    settings = row["settings"] if "settings" in row else task_from(row).settings
+    paused = row.get("paused_at") and (row["paused_until"] is None or row["paused_until"] > now)
+    state, reason = "active", row["error"]
+    if not row["file"]:
+        state, reason = "missing", "its file is gone from tasks.d"
+    elif row["error"]:
+        state = "broken"
+    elif paused:
+        until = f" until {iso(row['paused_until'])}" if row["paused_until"] else ""
+        state, reason = "paused", joined(f"by {row['paused_by']}{until}", row["paused_note"])
+    elif not settings["enabled"]:
+        state, reason = "disabled", "enabled = false"
+    schedule = settings.get("schedule") or ""
+    counts = {key: row.get(key) or 0 for key in ("runs", "failures", "consecutive_failures", "volume")}
+    moments = ("last_started_at", "last_ended_at")
+    return {
+        **row,
+        **counts,
+        **{key: iso(row.get(key)) for key in moments},
+        "next_run_at": iso(row.get("next_run_at")) if state == "active" else None,
+        "state": state,
+        "reason": reason,
+        "schedule": schedule if isinstance(schedule, str) else ", ".join(schedule),
+        "running": bool(row.get("running")),
+        "average_seconds": row["total_seconds"] / row["ended"] if row.get("ended") else None,
+        "description": settings.get("description", ""),
+    }
+
+
+def run_row(run: Row) -> dict[str, Any]:
+    moments = ("planned_at", "started_at", "ended_at")
+    row = {key: run[key] for keys in RUN_KEYS for key in keys}
+    return {**row, **{key: iso(run[key]) for key in moments}}
+
+
+def status(settings: Settings, store: Store, clock: Clock) -> dict[str, Any]:
+    """Return the whole truth about the installation, as `status --json` shows it."""
+    last = store.last_wakeup()
+    return {
+        "version": __version__,
+        "generated_at": iso(clock.now()),
+        "node": settings.node,
+        "maintenance": os.path.exists(settings.maintenance_flag),
+        "last_wakeup": last
+        and {
+            **{key: last[key] for key in ("trigger", "user", "node", "selection", "result")},
+            **{key: iso(last[key]) for key in ("started_at", "ended_at")},
+        },
+        "tasks": task_rows(settings, store, clock.now()),
+    }
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as people say them: ``0.2 s``, ``12 min``, ``3 d``; empty for None."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def when(moment: str | None, now: float) -> str:
+    """Return a moment as time (and date if it is not today), and how far off it is."""
+    if not moment:
+        return ""
+    read = datetime.fromisoformat(moment)
+    today = read.date() == datetime.fromtimestamp(now, read.tzinfo).date()
+    away = read.timestamp() - now
+    text = read.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M")
+    return f"{text} ({f'in {duration(away)}' if away >= 0 else f'{duration(-away)} ago'})"
+
+
+def table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """Return aligned lines, the last column cut so that no line is wider than ``width``."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    if width:  # what is left for the last column must still say something
+        while widths and sum(widths) + 2 * len(widths) > width - 16 and max(widths) > 8:
+            widths[widths.index(max(widths))] -= 1
+    lines = ["  ".join([*(_cell(c, w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
+    return [(line if not width else shortened(line, width)).rstrip() for line in lines]
+
+
+def _cell(text: str, width: int) -> str:
+    return (text if len(text) <= width else text[: width - 1] + "~").ljust(width)
+
+
+def status_lines(found: Mapping[str, Any], now: float, width: int | None) -> list[str]:
+    """Return the status as a table for people, worst first."""
+    last = found["last_wakeup"]
+    woken = "never woken; see the README for the crontab line"
+    if last:
+        woken = f"last wake-up {when(last['started_at'], now)} by {last['trigger']}, {last['result']}"
+    lines = [f"bgtasks {__version__} on {found['node']}, {found['generated_at']}; {woken}"]
+    if found["maintenance"]:
+        lines.append("MAINTENANCE: nothing starts while the maintenance flag exists")
+    rows = [("TASK", "STATE", "NEXT", "LAST", "OUTCOME", "TOOK", "RUNS", "FAILED", "ABOUT")]
+    for task in found["tasks"]:
+        running = f"running {task['progress'] or ''}".strip() if task["running"] else ""
+        cells = (
+            *(task["name"], task["state"], when(task["next_run_at"], now)),
+            *(when(task["last_started_at"], now), running or task["last_outcome"] or ""),
+            *(duration(task["last_seconds"]), str(task["runs"] or ""), str(task["failures"] or "")),
+            task["reason"] or task["description"] or "",
+        )
+        rows.append(tuple(visible(cell) for cell in cells))
+    return [shortened(line, width or 10_000) for line in lines] + table(rows, width)
+
+
+def history_lines(runs: Sequence[Row], now: float, width: int | None) -> list[str]:
+    rows = [("RUN", "TASK", "STARTED", "TOOK", "OUTCOME", "VOLUME", "TRIGGER", "ABOUT")]
+    for run in runs:
+        took = run["ended_at"] - run["started_at"] if run["ended_at"] else None
+        cells = (str(run["id"]), run["task"], when(iso(run["started_at"]), now), duration(took))
+        volume = "" if run["volume"] is None else str(run["volume"])
+        about = joined(run["reason"], run["message"])
+        rows.append((*cells, run["outcome"], volume, run["trigger"], visible(about)))
+    return table(rows, width)
+
+
+def event_line(kind: str, facts: Mapping[str, Any]) -> str:
+    """Return what a runner told, as a line for `--verbose`; empty if it is nothing to say."""
+    if kind == "start":
+        return f"{facts['task']}: run {facts['run']} starts (planned {iso(facts['planned_at'])})"
+    if kind == "end":
+        volume = "" if facts["volume"] is None else f"volume {facts['volume']}"
+        about = joined(volume, facts["reason"], facts["message"])
+        took = duration(facts["ended_at"] - facts["started_at"])
+        return f"{facts['task']}: {facts['outcome']} after {took}" + (about and f": {about}")
+    return {
+        "broken": "{task}: broken: {reason}",
+        "busy": "another runner is at work; nothing to do here",
+        "clock": "the clock was set back; going on in real time",
+        "overdue": "{task}: run {run} is past its timeout and has lost its keeper; ending it",
+        "trouble": "{reason}",
+    }.get(kind, "").format(**facts)
+
+
+# --- Command line ---------------------------------------------------------------------------------
+# Arguments go in, an exit code comes out. Without a command it is the wake-up. Only here, and in the
+# keeper's processes, is anything printed, and only here does the program exit.
+
+COMMAND_FLAGS = {
+    "status": ("json",),
+    "show": ("json",),
+    "history": ("count", "json"),
+    "log": (),
+    "run": (),
+    "next": ("from", "count", "timezone", "json"),
+    "lint": (),
+    "pause": ("all", "for", "note"),
+    "resume": ("all",),
+}
+BARE_FLAGS = ("json", "all", "help", "version")
+HELP = """\
+bgtasks: run the background tasks in tasks.d that are due
+
+Wake it from cron, without a command:
+  bgtasks.py [--param_file=F] [--verbose] [--status_only] [--dry_run] [--KEY=VALUE ...]
+             [--task=N,..] [--exclude_task=N,..] [--group=G,..] [--exclude_group=G,..]
+
+For people:
+  status [--json]                       every task: its state, next and last run
+  show TASK [--json]                    all that is known of one task
+  history [TASK] [--count N] [--json]   the last runs, newest first
+  log TASK|RUN                          what a run printed
+  run TASK                              run it here and now; exit 0, 1 (failed) or 124 (timed out)
+  next TASK|EXPRESSION [--from ISO] [--count N] [--timezone Z] [--json]
+                                        the next moments, e.g. next "mon,thu 03:30" --count 3
+  lint [FILE]                           check all task files, or one; exit 1 if one is broken
+  pause TASK|--all [--for 2h] [--note TEXT], resume TASK|--all
+  --help, --version
+
+Settings, here as --KEY=VALUE or in the param file as KEY = VALUE:
+"""
+
+
+class Invocation(NamedTuple):
+    """What the command line asks for."""
+
+    command: str
+    words: tuple[str, ...]
+    flags: Mapping[str, str]  # of the command
+    settings: Settings
+    clock: Clock
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[str, list[str], dict[str, str], dict[str, str]]:
+    """Return command, words, the command's flags and the settings. Raises UsageError."""
+    command, words = "", list[str]()
+    flags: dict[str, str] = {}
+    settings: dict[str, str] = {}
+    rest = list(argv)
+    known = {option.key: option for option in OPTIONS}
+    while rest:
+        word = rest.pop(0)
+        if any("\ud800" <= c <= "\udfff" for c in word):
+            raise UsageError(f"argument {shortened(word)!r}: is not valid UTF-8")
+        if not word.startswith("--"):
+            if not command and word not in COMMAND_FLAGS:
+                hint = nearest(word, COMMAND_FLAGS)
+                raise UsageError(f"there is no command {shortened(word)!r}{hint}; see --help")
+            if command:
+                words.append(word)
+            command = command or word
+            continue
+        key, equals, value = word[2:].partition("=")
+        mine = COMMAND_FLAGS.get(command, ())
+        if key in mine or key in ("help", "version"):
+            if not equals and key not in BARE_FLAGS:
+                if not rest:
+                    raise UsageError(f"--{key} needs a value; see --help")
+                value = rest.pop(0)
+            flags[key] = value or "1"
+            continue
+        if not equals and key in known and known[key].read is not read_boolean:
+            raise UsageError(f"--{key} needs a value: --{key}=...")
+        if key not in known and not key.startswith("task."):
+            hint = nearest(key, [*known, *mine])
+            raise UsageError(f"there is no option --{shortened(key)}{hint}; see --help")
+        settings[key] = value if equals else "1"
+    return command, words, flags, settings
+
+
+def main(argv: Sequence[str] | None = None, clock: Clock | None = None) -> int:
+    """Do what the command line asks for and return the exit code (see the table in the README)."""
+    _repair_streams()
+    os.umask(0o077)
+    try:
+        code = _main(sys.argv[1:] if argv is None else argv, clock or Clock())
+        sys.stdout.flush()
+        return code
+    except BgtasksError as error:
+        return _complain(visible(str(error)), error.exit_code)
+    except BrokenPipeError:
+        return _die_of("SIGPIPE")
+    except KeyboardInterrupt:
+        return _die_of("SIGINT")
+    except MemoryError:
+        return _complain("out of memory; raise the limit", EXIT_SYSTEM)
+    except OSError as error:
+        limits = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+        code = EXIT_SYSTEM if error.errno in limits else EXIT_IO
+        return _complain(visible(f"{error.filename or 'output'}: {error.strerror}"), code)
+    except Exception:  # noqa: BLE001 - the one place where a bug of ours ends
+        import traceback
+
+        traceback.print_exc()
+        versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}"
+        return _complain(f"this is a bug in bgtasks {__version__} ({versions}); please report", EXIT_BUG)
+
+
+def _complain(text: str, code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
+    print(f"bgtasks: {text}", file=sys.stderr)
+    return code
+
+
+def _die_of(name: str) -> int:
+    """End by the signal itself, so that whoever waits for us sees why."""
+    import signal
+
+    number = getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more may be written
+    os.kill(os.getpid(), number)
+    return 128 + int(number)  # pragma: no cover (the signal was blocked)
+
+
+def _repair_streams() -> None:
+    """Give descriptors 0 to 2 something if the caller closed them, and streams that never choke."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - lives as long as we do
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _main(argv: Sequence[str], clock: Clock) -> int:
+    command, words, flags, arguments = split_arguments(argv)
+    if "help" in flags:
+        print(HELP + option_help())
+        return EXIT_OK
+    if "version" in flags:
+        print(f"bgtasks {__version__}")
+        return EXIT_OK
+    refuse_bad_tz(os.environ)
+    settings = read_settings(arguments, __file__)
+    call = Invocation(command, tuple(words), flags, settings, clock)
+    if not command:
+        return status_command(call) if settings.status_only else wake_up_command(call)
+    return COMMANDS[command](call)
+
+
+# -- the wake-up
+
+
+def wake_up_command(call: Invocation) -> int:
+    settings, clock = call.settings, call.clock
+    with closing(open_for_work(settings)) as store:
+        runner = Runner(settings, store, clock, "cli", _teller(settings, clock))
+        if settings.dry_run:
+            runner.read_folder()
+            for row in runner.due():
+                print(f"would start {row['name']}, due {iso(row['next_run_at'] or row['extra_at'])}")
+            return EXIT_OK
+        runner.wake_up()
+        if settings.verbose:
+            if os.geteuid() == 0:
+                print("running as root, to whom the state belongs")
+            print_lines(status_lines(status(settings, store, clock), clock.now(), screen_width()))
+    return _left(runner)
+
+
+def _left(runner: Runner) -> int:
+    """Return the exit code of a runner that has left, or end by the signal that stopped it."""
+    if runner.stop_signal:
+        return _die_of(signal_name(runner.stop_signal))
+    if runner.trouble and not runner.started:
+        raise runner.trouble
+    return EXIT_OK
+
+
+def open_for_work(settings: Settings) -> Store:
+    """Open the store for a process that may start tasks, after all that must be refused."""
+    refuse_nested(os.environ)
+    refuse_wrong_user(settings.state_dir)
+    refuse_unsafe_folder(settings.tasks_dir)
+    store = open_store(settings.state_dir)
+    try:
+        boot = boot_id() or __version__
+        if store.fact("boot") != boot:
+            store.close()
+            test_locks(settings.state_dir)
+            store.check_integrity()
+            store.put("fact", {"name": "boot", "value": boot}, "name")
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _teller(settings: Settings, clock: Clock) -> Tell:
+    """Return what prints the events of a runner: all with `--verbose`, else only trouble."""
+    shown = ""  # the progress line that stands on the terminal
+
+    def tell(kind: str, facts: Mapping[str, Any]) -> None:
+        nonlocal shown
+        if kind == "trouble":
+            print(f"bgtasks: {event_line(kind, facts)}", file=sys.stderr)
+        if not settings.verbose or kind == "trouble":
+            return
+        if kind == "progress" and not sys.stdout.isatty():
+            return
+        line = event_line(kind, {**facts, "now": clock.monotonic()})
+        stamp = datetime.fromtimestamp(clock.now()).strftime("%H:%M:%S")
+        text = visible(f"{stamp} {line}")
+        if kind == "progress":
+            print("\r" + text[: (screen_width() or 80) - 1].ljust(len(shown)), end="", flush=True)
+            shown = text
+            return
+        if shown:
+            print("\r" + " " * len(shown) + "\r", end="")
+            shown = ""
+        print(text, flush=True)
+
+    return tell
+
+
+def screen_width() -> int | None:
+    """Return the columns of the terminal, or None if stdout is none."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
+# -- commands
+
+
+def open_for_reading(settings: Settings) -> Store:
+    """Open the store for a look that changes nothing; an empty one if nothing was stored yet."""
+    path = os.path.join(settings.state_dir, "bgtasks.db")
+    if os.path.isdir(settings.state_dir) and not os.access(settings.state_dir, os.R_OK | os.X_OK):
+        raise RefusedError(f"{settings.state_dir}: belongs to somebody else; run it as that user")
+    return Store(path if os.path.exists(path) else ":memory:", timeout=2.0)
+
+
+def _print_json(value: Any) -> int:
+    import json
+
+    print(json.dumps(value, indent=2))
+    return EXIT_OK
+
+
+def print_lines(lines: Iterable[str]) -> int:
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    bad = tuple(f" {word} " for word in ("broken", "missing", *FAILURES, INTERRUPTED))
+    for line in lines:
+        red = colours and any(word in f"{line} " for word in bad)
+        print(f"\x1b[31m{line}\x1b[0m" if red else line)
+    return EXIT_OK
+
+
+def _usage(read: Callable[[], Any]) -> Any:
+    """Return what ``read`` returns; what it refuses is a wrong argument."""
+    try:
+        return read()
+    except (ValueError, TaskError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _word(call: Invocation, what: str) -> str:
+    if len(call.words) != 1:
+        raise UsageError(f"{call.command} needs one {what}; see --help")
+    return call.words[0]
+
+
+def _count(call: Invocation, default: int) -> int:
+    return int(_usage(lambda: read_number(1, 1_000_000)(call.flags.get("count", str(default)))))
+
+
+def _task_named(call: Invocation, store: Store, name: str) -> dict[str, Any]:
+    """Return the status of one task. Raises NoTaskError with the nearest name."""
+    rows = task_rows(call.settings, store, call.clock.now())
+    tasks = {row["name"]: row for row in rows if row["state"] != "ignored"}
+    if name not in tasks:
+        raise NoTaskError(f"there is no task {shortened(name)!r}{nearest(name, tasks)}")
+    return tasks[name]
+
+
+def status_command(call: Invocation) -> int:
+    with closing(open_for_reading(call.settings)) as store:
+        found = status(call.settings, store, call.clock)
+    if "json" in call.flags:
+        return _print_json(found)
+    return print_lines(status_lines(found, call.clock.now(), screen_width()))
+
+
+def show_command(call: Invocation) -> int:
+    with closing(open_for_reading(call.settings)) as store:
+        task = _task_named(call, store, _word(call, "TASK"))
+    if "json" in call.flags:
+        return _print_json(task)
+    shown = {key: value for key, value in task.items() if value not in (None, "")}
+    return print_lines(f"{key:<22}{visible(str(value))}" for key, value in shown.items())
+
+
+def history_command(call: Invocation) -> int:
+    if len(call.words) > 1:
+        raise UsageError("history takes one TASK at most; see --help")
+    name = next(iter(call.words), None)
+    with closing(open_for_reading(call.settings)) as store:
+        if name is not None and not store.task(name):
+            _task_named(call, store, name)
+        runs = store.history(name, _count(call, 20))
+    if "json" in call.flags:
+        return _print_json([run_row(run) for run in runs])
+    return print_lines(history_lines(runs, call.clock.now(), screen_width()))
+
+
+def log_command(call: Invocation) -> int:
+    word = _word(call, "TASK or RUN")
+    with closing(open_for_reading(call.settings)) as store:
+        if word.isascii() and word.isdigit() and len(word) < 19:
+            run = store.run(int(word))
+        else:
+            run = next(iter(store.history(word, 1)), None) or _task_named(call, store, word) and None
+    if not run:
+        raise NoTaskError(f"there is no run of {shortened(word)!r}; see history")
+    live = os.path.join(call.settings.state_dir, "runs", run["live"])
+    running = run["outcome"] == RUNNING
+    return _print_output(read_output(live, 0, call.settings.secrets) if running else run["output"])
+
+
+def _print_output(text: str) -> int:
+    return print_lines(visible(line.replace("\t", "    ")) for line in text.splitlines())
+
+
+def run_command(call: Invocation) -> int:
+    """Run one task here and now; what it printed is shown when it has ended."""
+    name = _word(call, "TASK")
+    with closing(open_for_work(call.settings)) as store:
+        runner = Runner(call.settings, store, call.clock, "hand", _teller(call.settings, call.clock))
+        runner.read_folder()
+        task = _task_named(call, store, name)
+        if task["state"] not in ("active", "disabled"):
+            code = BusyError if task["state"] == "paused" else NoTaskError
+            raise code(f"{name}: {task['state']}: {task['reason']}")
+        run = runner.run_by_hand(name)
+    if run is None:
+        raise runner.trouble or BusyError(f"{name}: is running already; see status")
+    _print_output(run["output"])
+    about = joined(run["reason"], run["message"])
+    print(visible(f"bgtasks: {name}: {run['outcome']}" + (about and f": {about}")), file=sys.stderr)
+    if run["outcome"] in (DONE, NOTHING, MORE, TIMED_OUT) or runner.stop_signal:
+        return EXIT_TIMED_OUT if run["outcome"] == TIMED_OUT else _left(runner)
+    return 128 - run["exit_code"] if (run["exit_code"] or 0) < 0 else EXIT_FAILED
+
+
+def next_command(call: Invocation) -> int:
+    """Print the next moments of a task, or of an expression."""
+    word, settings, now = _word(call, "TASK or EXPRESSION"), call.settings, call.clock.now()
+    zone_name, text, anchor = call.flags.get("timezone", settings.timezone), word, None
+    with closing(open_for_reading(settings)) as store:
+        tasks = {row["name"]: row for row in task_rows(settings, store, now)}
+        row = store.task(word)
+    if word in tasks:
+        if tasks[word]["state"] == "broken":
+            raise NoTaskError(f"{word}: broken: {tasks[word]['reason']}")
+        values = (task_from(row) if row else read_task(settings, Task(word, ""))).settings
+        text, anchor = values["schedule"], row["anchor_at"] if row else None
+        zone_name = call.flags.get("timezone") or values["timezone"] or settings.timezone
+    zone = _usage(lambda: Zone(zone_name))
+    start = now
+    if "from" in call.flags:
+        start = _usage(lambda: read_moment(call.flags["from"], zone, 0.0))
+    spread = f"{settings.node}/{word}"
+    schedule = _usage(lambda: parse_schedule(text, zone, 0.0, spread))
+    if anchor is None:
+        anchor = schedule.anchor_for(start)
+    schedule = parse_schedule(text, zone, anchor, spread)
+    moments: list[float] = []
+    while len(moments) < _count(call, 5):
+        moment = schedule.next_after(moments[-1] if moments else start)
+        if moment is None:
+            break
+        moments.append(moment)
+    shown = [str(iso(moment, zone.tzinfo)) for moment in moments]
+    if "json" in call.flags:
+        return _print_json(shown)
+    return print_lines(shown or [f"never by itself: {schedule.text}"])
+
+
+def lint_command(call: Invocation) -> int:
+    """Check the files of tasks.d, or one file anywhere; 1 if one is broken."""
+    settings = call.settings
+    if call.words:
+        folder, file = os.path.split(os.path.abspath(_word(call, "FILE")))
+        settings = settings._replace(values={**settings.values, "tasks_dir": folder})
+        files = {file: ignored_because(file)}
+        if not os.path.exists(os.path.join(folder, file)):
+            raise NoTaskError(f"there is no file {shortened(call.words[0])!r}")
+    else:
+        refuse_unsafe_folder(settings.tasks_dir)
+        found, ignored = scan(settings.tasks_dir)
+        scripts = {named_script(settings.tasks_dir, file) for file in found}
+        files = {**{file: "" for file in found if file not in scripts}, **ignored}
+    broken = 0
+    for file, reason in sorted(files.items()):
+        task = read_task(settings, Task(os.path.splitext(file)[0], file))
+        notes = [] if task.error or reason else schedule_notes(task.settings["schedule"])
+        broken += bool(task.error) and not reason
+        text = f"ignored: {reason}" if reason else task.error and f"broken: {task.error}" or "ok"
+        print_lines([f"{visible(file)}: {text}", *(f"{visible(file)}: note: {n}" for n in notes)])
+    return EXIT_FAILED if broken else EXIT_OK
+
+
+def pause_command(call: Invocation) -> int:
+    seconds = _usage(lambda: read_duration(call.flags["for"])) if "for" in call.flags else None
+    now = call.clock.now()
+    until = None if seconds is None else now + seconds
+    note = shortened(call.flags.get("note", ""), 200)
+    return _for_tasks(call, lambda store, name, by: store.pause(name, by, now, until, note))
+
+
+def resume_command(call: Invocation) -> int:
+    now = call.clock.now()
+    return _for_tasks(call, lambda store, name, by: store.resume(name, by, now))
+
+
+def _for_tasks(call: Invocation, do: Callable[[Store, str, str], None]) -> int:
+    """Do something to the one task that was named, or to all of them."""
+    if bool(call.words) == ("all" in call.flags):
+        raise UsageError(f"{call.command} needs one TASK, or --all; see --help")
+    with closing(open_for_work(call.settings)) as store:
+        Runner(call.settings, store, call.clock, "hand", lambda *_: None).read_folder()
+        names = [row["name"] for row in store.tasks()]
+        if call.words:
+            names = [_task_named(call, store, _word(call, "TASK"))["name"]]
+        for name in names:
+            do(store, name, user_name(os.geteuid()))
+    return EXIT_OK
+
+
+COMMANDS: Mapping[str, Callable[[Invocation], int]] = {
+    "status": status_command,
+    "show": show_command,
+    "history": history_command,
+    "log": log_command,
+    "run": run_command,
+    "next": next_command,
+    "lint": lint_command,
+    "pause": pause_command,
+    "resume": resume_command,
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,146 @@
+"""What the tests share: a clock they move, and an installation of their own with real processes."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import bgtasks
+
+PROGRAM = Path(bgtasks.__file__).resolve()
+
+
+class FakeClock(bgtasks.Clock):
+    """Time moves only when a test, or a wait, moves it; the wall clock can be set apart."""
+
+    def __init__(self, moment=1_767_225_600.0):  # 2026-01-01T00:00:00Z
+        self.moment = moment
+        self.ticks = 1000.0
+
+    def now(self):
+        return self.moment
+
+    def monotonic(self):
+        return self.ticks
+
+    def wait(self, seconds, readable=()):
+        super().wait(0, readable)
+        self.advance(max(0.0, seconds))
+
+    def advance(self, seconds):
+        self.moment += seconds
+        self.ticks += seconds
+
+
+def settings_block(**settings):
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    return "\n".join(["# /// script", "# [tool.bgtasks]", *(f"# {line}" for line in lines), "# ///"])
+
+
+class Site:
+    """An installation in a folder of its own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.tasks = folder / "tasks.d"
+        self.tasks.mkdir()
+        self.params = folder / "cron.params"
+        self.params.write_text("node = here\n")
+        self.ledger = folder / "ledger"
+
+    @property
+    def state(self):
+        return self.folder / "state"
+
+    def write(self, file, text, mode=0o644):
+        path = self.tasks / file
+        path.write_text(text)
+        path.chmod(mode)
+        return path
+
+    def python(self, name, body, schedule="every 1 min", **settings):
+        """A task whose `run(task)` has this body."""
+        block = settings_block(schedule=schedule, **settings)
+        body = textwrap.indent(textwrap.dedent(body), "    ")
+        return self.write(f"{name}.py", f"{block}\ndef run(task):\n{body}\n")
+
+    def shell(self, name, body, schedule="every 1 min", **settings):
+        block = settings_block(schedule=schedule, **settings)
+        return self.write(f"{name}.sh", f"#!/bin/sh\n{block}\n{textwrap.dedent(body)}\n", 0o755)
+
+    def command(self, *args):
+        return [sys.executable, str(PROGRAM), f"--param_file={self.params}", *args]
+
+    def run(self, *args, env=None, **options):
+        options = {"timeout": 120, "capture_output": True, "text": True, **options}
+        return subprocess.run(
+            self.command(*args), env={**os.environ, **(env or {})}, check=False, **options
+        )
+
+    def wake(self, *args, **options):
+        """One look: run what is due and leave."""
+        return self.run("--cron_max_execution_time=0", *args, **options)
+
+    def start(self, *args, **options):
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        return subprocess.Popen(self.command(*args), **options)
+
+    def json(self, *args):
+        done = self.run(*args, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def status(self, task):
+        return next(row for row in self.json("status")["tasks"] if row["name"] == task)
+
+    def last(self, task):
+        """The last run of a task, as the history shows it."""
+        return self.json("history", task, "--count", "1")[0]
+
+    def log(self, what):
+        return self.run("log", str(what)).stdout
+
+    def rows(self, sql, *values):
+        with sqlite3.connect(self.state / "bgtasks.db", timeout=10) as db:
+            db.row_factory = sqlite3.Row
+            found = [dict(row) for row in db.execute(sql, values)]
+        db.close()
+        return found
+
+    def change(self, sql, *values):
+        with sqlite3.connect(self.state / "bgtasks.db", timeout=10) as db:
+            db.execute(sql, values)
+        db.close()
+
+    def make_due(self, *tasks):
+        """Let the next slot of these tasks (or of all) be a minute ago."""
+        names = tasks or [row["name"] for row in self.rows("SELECT name FROM task")]
+        for name in names:
+            self.change("UPDATE task SET next_run_at = ? WHERE name = ?", int(time.time()) - 60, name)
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path)
+
+
+def wait_for(condition, seconds=30.0):
+    """Wait until the condition holds and return what it gave."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {condition}")

@@ -4,13 +4,13 @@
     param file + arguments -> Settings -> tasks.d -> Task -> Schedule -> Store -> Runner -> Keeper
     -> Store -> reports
 
-The sections below stand in the order of that walk, and each uses only what stands above it:
-errors and exit codes, clock, param file, settings, schedule, tasks, store, keeper, runner, reports,
-command line. Only the Store knows SQL; only the Clock asks the machine for the time; only the
-command line and the keeper's entry print or exit.
+The sections stand in the order of that walk, and each uses only what stands above it: errors and
+exit codes, clock, param file, settings, schedule, tasks, store, keeper, runner, reports, command
+line. Only the Store knows SQL; only the Clock asks the machine for the time; only the command line
+and the keeper's processes print or exit.
 
-What may be relied on: the command line, its exit codes and its JSON keys (they are only added to),
-the param file, and the contract with tasks. The Python names in this file may change.
+What may be relied on: the command line, its exit codes and JSON keys (they are only added to), the
+param file, and the contract with tasks. The Python names in this file may change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036  # pragma: no cover (an old Python must read one line)
-    sys.exit("bgtasks: needs Python 3.9 or newer, this is " + sys.version.split()[0])
+    sys.stderr.write("bgtasks: needs Python 3.9 or newer, this is " + sys.version.split()[0] + "\n")
+    sys.exit(69)
 
 import errno
 import os
@@ -29,52 +30,78 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
+from functools import partial
 
 __version__ = "0.1.0"
 
-# A wake-up that finds nothing due must cost next to nothing, and every import counts: `typing`, `re`
-# or `json` each take about half as long as Python's own start. So those stand inside the functions
-# that need them, and the names for type checkers here.
+# A wake-up that finds nothing due must cost next to nothing, and every import counts: `typing`,
+# `re` or `json` each take about half as long as Python's own start: imported on first use.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NamedTuple, NoReturn, Protocol
+    import ast
+    import difflib
+    import faulthandler
+    import fcntl
+    import grp
+    import json
+    import pwd
+    import re
+    import resource
+    import select
+    import signal
+    import threading
+    import traceback
+    import zlib
+    import zoneinfo
+    from typing import Any, NamedTuple, NoReturn
 else:
+    Any = object
+
+    class _Later:
+        """A module that is imported when something of it is first used."""
+
+        def __init__(self, name):  # noqa: ANN001, ANN204 - not seen by type checkers
+            self._name = name
+
+        def __getattr__(self, attribute):  # noqa: ANN001, ANN204 - not seen by type checkers
+            module = globals()[self._name] = __import__(self._name)
+            return getattr(module, attribute)
+
+    for _name in (
+        "ast",
+        "difflib",
+        "faulthandler",
+        "fcntl",
+        "grp",
+        "json",
+        "pwd",
+        "re",
+        "resource",
+    ):
+        globals()[_name] = _Later(_name)
+    for _name in ("select", "signal", "threading", "traceback", "zlib", "zoneinfo"):
+        globals()[_name] = _Later(_name)
 
     class _Value(type):
         """Stands in for `typing.NamedTuple`: the annotations of a class become its fields."""
 
-        def __new__(cls, name, bases, body):
+        def __new__(cls, name, bases, body):  # noqa: ANN001, ANN204 - not seen by type checkers
             if not bases:
                 return super().__new__(cls, name, bases, body)
             fields = body.get("__annotations__", {})
             defaults = [body.pop(field) for field in fields if field in body]
-            base = namedtuple(name, fields, defaults=defaults)
+            base = namedtuple(name, fields, defaults=defaults)  # noqa: PYI024 - what it stands in for
             return type(name, (base,), {**body, "__slots__": ()})
 
     class NamedTuple(metaclass=_Value):
         pass
 
-    Any = Protocol = object
-
 
 # --- Errors and exit codes ------------------------------------------------------------------------
-# What can go wrong, and the exit code that says so (names of sysexits.h; design of the codes in the
-# README). An error raised here is one the reader can mend: one line, without a traceback.
+# What can go wrong, and the exit code that says so (the names of sysexits.h; the README has the
+# table). An error raised here is one the reader can mend: one line, without a traceback.
 
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 64
-EXIT_DATA = 65
-EXIT_NO_TASK = 66
-EXIT_UNAVAILABLE = 69
-EXIT_BUG = 70
-EXIT_SYSTEM = 71
-EXIT_CANNOT_CREATE = 73
-EXIT_IO = 74
-EXIT_BUSY = 75
-EXIT_REFUSED = 77
-EXIT_CONFIG = 78
-EXIT_TIMED_OUT = 124
+EXIT_OK, EXIT_FAILED, EXIT_BUG, EXIT_SYSTEM, EXIT_IO, EXIT_TIMED_OUT = 0, 1, 70, 71, 74, 124
 
 
 class BgtasksError(Exception):
@@ -83,79 +110,42 @@ class BgtasksError(Exception):
     exit_code = EXIT_BUG
 
 
-class UsageError(BgtasksError):
-    exit_code = EXIT_USAGE
+def _kind(name: str, exit_code: int) -> type[BgtasksError]:
+    return type(name, (BgtasksError,), {"exit_code": exit_code})
 
 
-class DataError(BgtasksError):
-    """The state is damaged, or not ours."""
-
-    exit_code = EXIT_DATA
-
-
-class NoTaskError(BgtasksError):
-    exit_code = EXIT_NO_TASK
-
-
-class UnavailableError(BgtasksError):
-    exit_code = EXIT_UNAVAILABLE
-
-
-class ProcessError(BgtasksError):
-    """The system would not give us a process, a file descriptor or memory."""
-
-    exit_code = EXIT_SYSTEM
-
-
-class CreateError(BgtasksError):
-    exit_code = EXIT_CANNOT_CREATE
-
-
-class StorageError(BgtasksError):
-    """The disk is full, failed, or the state file was taken away under us."""
-
-    exit_code = EXIT_IO
-
-
-class BusyError(BgtasksError):
-    exit_code = EXIT_BUSY
-
-
-class RefusedError(BgtasksError):
-    """The wrong user, or permissions that would let somebody else decide what runs."""
-
-    exit_code = EXIT_REFUSED
-
-
-class ConfigError(BgtasksError):
-    exit_code = EXIT_CONFIG
+UsageError = _kind("UsageError", 64)
+DataError = _kind("DataError", 65)  # the state is damaged, or not ours
+NoTaskError = _kind("NoTaskError", 66)
+UnavailableError = _kind("UnavailableError", 69)
+ProcessError = _kind("ProcessError", EXIT_SYSTEM)  # no process, descriptor or memory to be had
+CreateError = _kind("CreateError", 73)
+StorageError = _kind("StorageError", EXIT_IO)  # the disk is full or failed, or the file was taken
+BusyError = _kind("BusyError", 75)
+RefusedError = _kind("RefusedError", 77)  # the wrong user, or others could decide what runs
+ConfigError = _kind("ConfigError", 78)
 
 
 class TaskError(BgtasksError):
     """A task file or schedule cannot be used; kept as the reason why the task is broken."""
 
-    exit_code = EXIT_FAILED
-
 
 class MissingPackageError(TaskError):
-    """A package that this task needs is not installed; may be right at the next look."""
+    """A package that this task needs is not installed; it may be there at the next look."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the known name that is like ``name``, or nothing."""
-    import difflib
-
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def visible(text: str) -> str:
     """Return ``text`` with everything that could steer a terminal or forge a line made visible."""
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
 
 
 def shortened(text: str, width: int = 80) -> str:
@@ -173,7 +163,6 @@ class Clock:
     """The machine's time; tests hand in one of their own."""
 
     def now(self) -> float:
-        """Return the wall time in Unix seconds."""
         return time.time()
 
     def monotonic(self) -> float:
@@ -182,8 +171,6 @@ class Clock:
 
     def wait(self, seconds: float, readable: Sequence[int] = ()) -> None:
         """Wait until a descriptor of ``readable`` can be read, at most ``seconds``."""
-        import select
-
         select.select(readable, (), (), max(0.0, seconds))
 
 
@@ -191,8 +178,9 @@ def iso(moment: float | None, zone: Any = None) -> str | None:
     """Return Unix seconds as ISO 8601 with offset, in the machine's zone if ``zone`` is None."""
     if moment is None:
         return None
-    local = datetime.fromtimestamp(moment, timezone.utc).astimezone(zone)
-    return local.isoformat(timespec="seconds")
+    return (
+        datetime.fromtimestamp(moment, timezone.utc).astimezone(zone).isoformat(timespec="seconds")
+    )
 
 
 # --- Param file -----------------------------------------------------------------------------------
@@ -212,8 +200,7 @@ def refuse_unsafe(info: os.stat_result, path: str, what: str) -> None:
     """Raise RefusedError if others can write what ``info`` was read of, or own it.
 
     The rule of sudo, sshd and logrotate: it belongs to root or to us, and nobody else may write it,
-    but for the group that has no member but us.
-    """
+    but for the group that has no member but us."""
     if sys.platform == "win32":
         return
     mode, me = stat.S_IMODE(info.st_mode), os.geteuid()
@@ -225,12 +212,9 @@ def refuse_unsafe(info: os.stat_result, path: str, what: str) -> None:
 
 
 def _is_private_group(gid: int, uid: int) -> bool:
-    """Tell whether a group is the one that was made for a user alone: his name, no other members."""
+    """Tell whether a group was made for a user alone: of the same name, without other members."""
     if gid == 0:
         return True
-    import grp
-    import pwd
-
     try:
         user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
     except KeyError:
@@ -287,9 +271,8 @@ def parse_params(content: bytes, path: str = "cron.params") -> list[Param]:
         raise ConfigError(f"{path}: byte {content.index(0)} is NUL; save it as UTF-8") from None
     params: list[Param] = []
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
-        line = line.strip()
-        if line and line[0] != "#":
-            key, equals, value = line.partition("=")
+        if line.strip() and line.lstrip()[0] != "#":
+            key, equals, value = line.strip().partition("=")
             where = f"{path}:{number}"
             if not equals or not key.strip():
                 raise ConfigError(f"{where}: {shortened(line, 60)!r} is not a line: key = value")
@@ -362,13 +345,12 @@ def read_names(text: str) -> tuple[str, ...]:
 
 
 def read_zone(text: str) -> str:
-    import zoneinfo
-
     try:
         zoneinfo.ZoneInfo(text)
     except (KeyError, ValueError, OSError):
         hint = nearest(text[:80], zoneinfo.available_timezones())
-        raise ValueError(f"is no zone of this machine{hint}; without zones: pip install tzdata")
+        text = f"is no zone of this machine{hint}; without zones: pip install tzdata"
+        raise ValueError(text) from None
     return text
 
 
@@ -383,7 +365,13 @@ class Option(NamedTuple):
 
 
 OPTIONS = (
-    Option("param_file", read_names, "", "param files, comma-separated; the last one wins", True),
+    Option(
+        "param_file",
+        read_names,
+        "",
+        "param files, comma-separated; the last one wins",
+        flag_only=True,
+    ),
     Option("auth_user", read_plain, "", "login of an administrator, once one is registered"),
     Option("auth_pwd", read_plain, "", "its password; as an argument others see it in ps"),
     Option("verbose", read_boolean, "0", "say each start and end, and the status afterwards"),
@@ -405,10 +393,10 @@ OPTIONS = (
         *("email_asynchronous", read_number(0, 0), "0"),
         "must be 0: this version sends no mail",
     ),
-    Option("task", read_names, "", "start only these tasks, comma-separated", True),
-    Option("exclude_task", read_names, "", "do not start these tasks", True),
-    Option("group", read_names, "", "start only tasks of these groups", True),
-    Option("exclude_group", read_names, "", "do not start tasks of these groups", True),
+    Option("task", read_names, "", "start only these tasks, comma-separated", flag_only=True),
+    Option("exclude_task", read_names, "", "do not start these tasks", flag_only=True),
+    Option("group", read_names, "", "start only tasks of these groups", flag_only=True),
+    Option("exclude_group", read_names, "", "do not start tasks of these groups", flag_only=True),
 )
 PATHS = ("tasks_dir", "state_dir", "maintenance_flag")
 
@@ -444,8 +432,7 @@ def read_settings(arguments: Mapping[str, str], script: str) -> Settings:
     """Return the settings of param files and arguments; an argument wins, and the last of equals.
 
     Relative paths lie beside the first param file, or beside ``script`` if there is none. Raises
-    ConfigError with file and line, or RefusedError.
-    """
+    ConfigError with file and line, or RefusedError."""
     home = os.path.dirname(os.path.realpath(script))
     files = [os.path.abspath(file) for file in read_names(arguments.get("param_file", ""))]
     if "param_file" in arguments and not files:
@@ -503,14 +490,10 @@ def _read_values(
 def refuse_bad_tz(environ: Mapping[str, str]) -> None:
     """Raise ConfigError if TZ names no zone: C libraries take UTC then, and say nothing.
 
-    Names and rules such as ``CET-1CEST,M3.5.0,M10.5.0/3`` are those of tzset(3).
-    """
+    Names and rules such as ``CET-1CEST,M3.5.0,M10.5.0/3`` are those of tzset(3)."""
     name = environ.get("TZ", "UTC")
     if name in ("", "UTC"):
         return
-    import re
-    import zoneinfo
-
     word = r"([A-Za-z]{3,}|<[A-Za-z0-9+-]{3,}>)"
     rule = rf"{word}[+-]?\d[\d:]*({word}([+-]?\d[\d:]*)?(,[MJ]?[\d./:-]+,[MJ]?[\d./:-]+)?)?"
     try:
@@ -549,8 +532,7 @@ def option_help() -> str:
 # and times of day never meet a zone; walk() alone maps readings to moments.
 
 _DAY = 86400
-# Debian's cron(8): a clock set by less than three hours is daylight saving, and no fixed time is
-# lost or repeated for it; a greater change is a correction of the clock.
+# Debian's cron(8): a clock set by up to three hours is daylight saving, by more it is corrected.
 _CORRECTION = 3 * 3600
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": _DAY, "w": 7 * _DAY}
 _LONG = {"sec": "s", "second": "s", "minute": "min", "hour": "h", "day": "d", "week": "w"}
@@ -574,7 +556,6 @@ class Zone:
         self.name = name
         self.tzinfo: Any = None
         if name:
-            import zoneinfo
             try:
                 self.tzinfo = zoneinfo.ZoneInfo(name)
             except (KeyError, ValueError, OSError):  # OSError: a folder of zones
@@ -613,15 +594,13 @@ def walk(zone: Zone, rule: Rule, moment: int) -> int:
     """Return the first moment of ``rule`` after ``moment``, by the rule of Debian's cron(8).
 
     In real time, every matching reading counts. A fixed time that a gap skipped comes right after
-    it; in a fold it comes once. Readings are in order only between two changes of the clock.
-    """
+    it; in a fold it comes once. Readings are in order only between two changes of the clock."""
     local = zone.local(moment)
     if local.fold and not rule.realtime:
         first = int(zone.moments(local)[0])
         if moment - first < _CORRECTION:
             moment = zone.change(first, moment, zone.reading(first) - first) - 1
-    reading = asked = zone.reading(moment)
-    planned = rule.after(asked)
+    reading = asked = planned = zone.reading(moment)
     while True:
         if not asked <= reading < planned:
             asked, planned = reading, rule.after(reading)
@@ -648,8 +627,7 @@ class Schedule(NamedTuple):
         """Return the first planned moment after ``moment``, None if there is none.
 
         Fixed times up to ``started``, the last slot that was started, do not come again when the
-        clock was set back behind it; by more than three hours it was corrected, see cron(8).
-        """
+        clock was set back behind it; by more than three hours it was corrected, see cron(8)."""
         held = moment if started is None or started - moment > _CORRECTION else max(moment, started)
         periods = [self.anchor + ((moment - self.anchor) // p + 1) * p for p in self.periods]
         rules = [walk(self.zone, r, int((moment if r.realtime else held) // 1)) for r in self.rules]
@@ -670,8 +648,7 @@ def parse_schedule(
 ) -> Schedule:
     """Return the schedule: the earliest of several texts; ``spread`` seeds `H`.
 
-    Raises TaskError, or MissingPackageError for a cron expression without croniter.
-    """
+    Raises TaskError, or MissingPackageError for a cron expression without croniter."""
     texts = _texts(text)
     periods: list[int] = []
     rules: list[Rule] = []
@@ -704,7 +681,7 @@ def _texts(text: str | Sequence[str]) -> list[str]:
     texts = [t.replace("\t", " ").strip(" ") for t in ([text] if isinstance(text, str) else text)]
     if not texts or not all(t.isascii() and t.isprintable() and 0 < len(t) <= 256 for t in texts):
         raise TaskError(f"schedule: {shortened(str(text))!r} is not 1 to 256 letters; {_ALLOWED}")
-    return [" ".join(t.split()).replace(", ", ",") for t in texts]
+    return [" ".join(t.split()).replace(", ", "," if ":" in t else ", ") for t in texts]
 
 
 def _number(text: str) -> int:
@@ -748,12 +725,12 @@ class Field(NamedTuple):
     name: str
     low: int
     high: int
-    names: str = ""
+    names: str = "no names"
 
     def refused(self, part: str) -> TaskError:
         return TaskError(
-            f"schedule: {self.name}: {shortened(part, 40)!r}; allowed are {self.low}-{self.high} "
-            f"{self.names}, lists, rising ranges, steps such as */2, H; for days L, 15W, L5, 5#2"
+            f"schedule: {self.name}: {shortened(part, 40)!r}; allowed are {self.low}-{self.high}, "
+            f"lists, rising ranges, steps as */2, H, for days L, 15W, L5, 5#2; {self.names}"
         )
 
     def value(self, text: str) -> int:
@@ -808,14 +785,14 @@ def _cron(text: str, spread: str) -> Callable[[int], int]:
     dates = [f"{day} {month} {weekday}"]
     if "*" not in (words[2][0], words[4][0]):  # croniter's own "either" overlooks `#` and W
         dates = [f"{day} {month} *", f"* {month} {weekday}"]
-    short = set(month.split(",")) <= {"2", "4", "6", "9", "11"}
-    longest = 29 if month == "2" else 30 if short else 31
+    longest = 29 if month == "2" else 31 - (set(month.split(",")) <= {"2", "4", "6", "9", "11"})
     if day.replace(",", "").isdigit() and int(day.split(",")[0]) > longest:
         dates = dates[1:]
     if not dates:
         raise TaskError(f"schedule: day of month: {day} never comes in month {month}")
     try:
         from croniter import croniter
+
         crons = [croniter(f"{minute} {hour} {d}", 0, day_or=False, hash_id=spread) for d in dates]
         for cron in crons:
             cron.get_next(float)
@@ -824,6 +801,8 @@ def _cron(text: str, spread: str) -> Callable[[int], int]:
     except ValueError as error:  # what croniter raises for everything it does not like
         raise TaskError(f"schedule: {shortened(text)!r}: croniter: {error}") from None
     return lambda reading: int(min(c.get_next(float, start_time=reading) for c in crons))
+
+
 # --- Tasks ----------------------------------------------------------------------------------------
 # The folder tasks.d goes in; what can run, what is broken and what is ignored comes out, with the
 # reasons. Nothing here runs a task, and a file that did not change since it was read is not opened.
@@ -836,7 +815,13 @@ IGNORED = {
     "left by a package manager": (".dpkg-new", ".dpkg-old", ".dpkg-dist", ".rpmnew", ".rpmsave"),
     "no program": (".md", ".rst", ".txt", ".pyc", "readme", "license", "makefile"),
 }
-RESERVED_NAMES = ("con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(10)))
+RESERVED_NAMES = (
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{d}{n}" for d in ("com", "lpt") for n in range(10)),
+)
 INTERPRETERS = {
     ".sh": ("sh",),
     ".bash": ("bash",),
@@ -850,6 +835,9 @@ INTERPRETERS = {
 }
 
 
+Row = Mapping[str, Any]  # as the store returns it
+
+
 class Task(NamedTuple):
     """A file in tasks.d as it was read: what to run, and when. Broken if ``error`` says why."""
 
@@ -860,22 +848,6 @@ class Task(NamedTuple):
     argv: tuple[str, ...] = ()  # how a program is started; empty for a Python task
     settings: Mapping[str, Any] = {}
     error: str = ""
-
-
-class Known(NamedTuple):
-    """What the store remembers of a file: enough to see that it did not change."""
-
-    file: str
-    script: str
-    fingerprint: str
-
-
-class Folder(NamedTuple):
-    """What a look at tasks.d found, against what was known before."""
-
-    changed: tuple[Task, ...]
-    gone: tuple[str, ...]
-    ignored: Mapping[str, str]
 
 
 def of_type(kind: type, what: str) -> Callable[[Any], Any]:
@@ -988,8 +960,7 @@ def scan(folder: str) -> tuple[dict[str, str], dict[str, str]]:
     """Return the files that may be tasks with what `stat` says of each, and the ignored ones.
 
     A file that is saved, replaced, or given other permissions has another `stat` text; a link that
-    leads nowhere has an empty one. Raises ConfigError if the folder cannot be read.
-    """
+    leads nowhere has an empty one. Raises ConfigError if the folder cannot be read."""
     stats: dict[str, str] = {}
     ignored: dict[str, str] = {}
     try:
@@ -1014,15 +985,20 @@ def scan(folder: str) -> tuple[dict[str, str], dict[str, str]]:
     return stats, ignored
 
 
-def discover(settings: Settings, known: Mapping[str, Known]) -> Folder:
-    """Look at tasks.d and read the files that are new or changed since they were ``known``."""
+def discover(
+    settings: Settings, known: Mapping[str, Row]
+) -> tuple[list[Task], list[str], dict[str, str]]:
+    """Return the tasks whose files are new or changed since they were ``known`` (file, script and
+    fingerprint by name), the names of those that are gone, and the ignored files with reasons."""
     stats, ignored = scan(settings.tasks_dir)
     scripts: dict[str, str] = {}  # .toml file -> the script that it names
     for file in stats:
         if file.endswith(".toml"):
             old = known.get(file[:-5])
-            same = old and old.file == file and old.fingerprint.startswith(stats[file] + ";")
-            scripts[file] = old.script if old and same else named_script(settings.tasks_dir, file)
+            same = old and old["file"] == file and old["fingerprint"].startswith(stats[file] + ";")
+            scripts[file] = (
+                old["script"] if old and same else named_script(settings.tasks_dir, file)
+            )
     named = set(scripts.values())
     groups: dict[str, list[str]] = {}
     for file in sorted(stats):
@@ -1040,15 +1016,15 @@ def discover(settings: Settings, known: Mapping[str, Known]) -> Folder:
             overrides = settings.overrides.get(name, "")
             fingerprint = f"{together};{script_stat};{common};{overrides}"
             old = known.get(name)
-            if old and old.fingerprint == fingerprint:
+            if old and old["fingerprint"] == fingerprint:
                 continue
             task = Task(name, file, fingerprint)
             if len(files) > 1:
                 changed.append(task._replace(error=f"same name: {', '.join(files)}; rename one"))
             else:
                 changed.append(read_task(settings, task))
-    gone = tuple(name for name, old in known.items() if old.file and name not in names)
-    return Folder(tuple(changed), gone, ignored)
+    gone = [name for name, old in known.items() if old["file"] and name not in names]
+    return changed, gone, ignored
 
 
 def named_script(folder: str, file: str) -> str:
@@ -1073,7 +1049,7 @@ def read_task(settings: Settings, task: Task) -> Task:
 
 
 def _read_task(settings: Settings, task: Task) -> Task:
-    path = os.path.join(settings.tasks_dir, task.file)
+    path: str = os.path.join(settings.tasks_dir, task.file)
     raw, content = read_raw(path)
     for override in settings.overrides.get(task.name, ()):
         _override(raw, override)
@@ -1085,7 +1061,7 @@ def _read_task(settings: Settings, task: Task) -> Task:
     try:
         if command is not None and script is None and read_words(command):
             return task._replace(argv=tuple(read_words(command)), settings=values)
-        path = os.path.join(settings.tasks_dir, os.path.basename(read_text(script)))
+        path = os.path.join(settings.tasks_dir, os.path.basename(str(read_text(script))))
     except ValueError:
         text = 'needs either command = ["program", "argument"] or script = "a file beside it"'
         raise TaskError(f"{task.file}: {text}") from None
@@ -1097,8 +1073,7 @@ def read_checked(path: str) -> bytes:
     """Return the content of a task file whose owner and permissions passed the check.
 
     The check is made on the descriptor that is read, so nobody can swap the file in between.
-    Raises RefusedError if somebody else could have written it, TaskError if it is no plain file.
-    """
+    Raises RefusedError if somebody else could have written it, TaskError if it is no plain file."""
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(fd, "rb") as file:
         info = os.fstat(fd)
@@ -1126,8 +1101,7 @@ def read_raw(path: str) -> tuple[dict[str, Any], bytes]:
 def _settings_block(content: bytes, file: str) -> tuple[int, bytes]:
     """Return the number of the line before the block and its TOML text (empty if there is none).
 
-    https://packaging.python.org/en/latest/specifications/inline-script-metadata/
-    """
+    https://packaging.python.org/en/latest/specifications/inline-script-metadata/"""
     first, block, closed = 0, list[bytes](), True
     for number, line in enumerate(content.replace(b"\r\n", b"\n").split(b"\n"), start=1):
         if line == b"# /// script":
@@ -1210,7 +1184,9 @@ def _checked(raw: Mapping[str, Any], task: Task, settings: Settings) -> dict[str
         except (ValueError, TypeError) as error:
             raise TaskError(f"{task.file}: {key}: {error}") from None
     if not values["schedule"]:
-        text = 'has no schedule; add "# /// script", "# [tool.bgtasks]", "# schedule = ...", "# ///"'
+        text = (
+            'has no schedule; add "# /// script", "# [tool.bgtasks]", "# schedule = ...", "# ///"'
+        )
         raise TaskError(f"{task.file}: {text}")
     try:
         schedule_of(values, settings, task.name)
@@ -1248,8 +1224,6 @@ def _argv(path: str, content: bytes) -> tuple[str, ...]:
 
 def _has_run(content: bytes, file: str) -> bool:
     """Tell whether a Python file has ``def run(task)`` at its top level, without executing it."""
-    import ast
-
     try:
         tree = ast.parse(content)
     except SyntaxError as error:
@@ -1353,54 +1327,12 @@ MIGRATIONS = (
 STARTABLE = """file <> '' AND error = '' AND enabled
                AND (paused_at IS NULL OR paused_until <= :now)"""
 
-Row = Mapping[str, Any]
-
-
-class Planned(NamedTuple):
-    """What the schedule of a task that was read says about its starts."""
-
-    schedule: str
-    always: bool
-    anchor_at: int
-    next_run_at: float | None
-
-
-class Claim(NamedTuple):
-    """What a runner wants to start: a slot, an extra start, or neither."""
-
-    task: str
-    slot: int | None
-    next_run_at: float | None
-    extra_at: float | None
-    planned_at: float
-    deadline_at: float
-    trigger: str
-    live: str
-    node: str
-
-
-class End(NamedTuple):
-    """How a run ended, as far as its keeper, or what it left behind, can tell."""
-
-    outcome: str
-    reason: str = ""
-    message: str = ""
-    volume: int | None = None
-    exit_code: int | None = None
-    peak_kib: int | None = None
-    output: str = ""
-    seconds: float | None = None  # None: nobody saw the end
-    state: str | None = None
-    next_run_at: int | None = None
-    overran: bool = False
-
 
 class Store:
     """The state file. Owns the connection, which is never carried over a fork.
 
     As a context it is one transaction. It takes the write lock first: one that begins by reading
-    fails at once if another wrote in between (https://www.sqlite.org/lang_transaction.html).
-    """
+    fails at once if another wrote in between (https://www.sqlite.org/lang_transaction.html)."""
 
     def __init__(self, path: str, timeout: float = 10.0) -> None:
         self.path = path
@@ -1408,7 +1340,7 @@ class Store:
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Store:  # noqa: PYI034 - Self is newer than Python 3.9
         self.execute("BEGIN IMMEDIATE")
         return self
 
@@ -1423,8 +1355,7 @@ class Store:
     def close(self) -> None:
         """Close the file, as is done before each fork; the next use opens it again.
 
-        https://www.sqlite.org/howtocorrupt.html section 2.6
-        """
+        https://www.sqlite.org/howtocorrupt.html section 2.6"""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -1548,10 +1479,10 @@ class Store:
 
     # -- tasks
 
-    def known(self) -> dict[str, Known]:
+    def known(self) -> dict[str, Row]:
         """Return what is remembered of each task's file, by task name."""
         found = self.rows("SELECT name, file, script, fingerprint FROM task")
-        return {row["name"]: Known(row["file"], row["script"], row["fingerprint"]) for row in found}
+        return {row["name"]: row for row in found}
 
     def task(self, name: str) -> Row | None:
         return self.row("SELECT * FROM task WHERE name = ?", (name,))
@@ -1559,11 +1490,9 @@ class Store:
     def tasks(self) -> list[Row]:
         return self.rows("SELECT * FROM task")
 
-    def write_task(self, task: Task, planned: Planned | None = None) -> None:
-        """Remember a task as it was read; None for the plan keeps the one that is there."""
-        import json
-
-        values: dict[str, Any] = {
+    def write_task(self, task: Task, planned: Row) -> None:
+        """Remember a task as it was read, and the columns that say when it is due."""
+        values = {
             "name": task.name,
             "file": task.file,
             "script": task.script if task.file.endswith(".toml") else "",
@@ -1574,7 +1503,7 @@ class Store:
             "order": task.settings.get("order", 100),
             "group": task.settings.get("group", "default"),
         }
-        self.put("task", {**values, **(planned._asdict() if planned else {})}, "name")
+        self.put("task", {**values, **planned}, "name")
 
     def forget_file(self, name: str) -> None:
         self.execute("UPDATE task SET file = '', fingerprint = '' WHERE name = ?", (name,))
@@ -1630,19 +1559,19 @@ class Store:
 
     # -- runs
 
-    def claim(self, claim: Claim, steps: int, now: float) -> int | None:
+    def claim(self, claim: Row) -> int | None:
         """Open a run and move the task to its next slot; return the run, or None.
 
         None means that somebody else has the slot, or has a run of this task open. The condition on
         what was read makes the claim atomic; the unique indexes would refuse a second one anyway.
         """
-        values = {**claim._asdict(), "now": now, "steps": steps}
         try:
             with self:
                 moved = self.execute(
                     f"""
                     UPDATE task
-                    SET next_run_at = CASE WHEN :slot IS NULL THEN next_run_at ELSE :next_run_at END,
+                    SET next_run_at =
+                            CASE WHEN :slot IS NULL THEN next_run_at ELSE :next_run_at END,
                         last_slot = coalesce(:slot, last_slot),
                         extra_at = CASE WHEN coalesce(:slot, :extra_at) IS NULL THEN extra_at END,
                         extra_trigger =
@@ -1654,7 +1583,7 @@ class Store:
                       AND (:extra_at IS NULL OR extra_at = :extra_at)
                       AND (:trigger = 'hand' OR ({STARTABLE}))
                     """,  # noqa: S608 - a constant of ours
-                    values,
+                    claim,
                 )
                 if moved.rowcount != 1:
                     return None
@@ -1665,7 +1594,7 @@ class Store:
                     VALUES (:task, :slot, :steps, :planned_at, :now, :deadline_at,
                             :trigger, :node, :live)
                     """,
-                    values,
+                    claim,
                 ).lastrowid
         except sqlite3.IntegrityError:
             # a slot that was started before must not be due for ever
@@ -1675,14 +1604,14 @@ class Store:
                 WHERE name = :task AND next_run_at = :slot AND EXISTS
                     (SELECT 1 FROM run WHERE task = :task AND slot = :slot AND steps = :steps)
                 """,
-                values,
+                claim,
             )
             return None
 
-    def give_back(self, run: int, claim: Claim) -> None:
+    def give_back(self, claim: Row) -> None:
         """Undo a claim whose run could not be started."""
         with self:
-            self.execute("DELETE FROM run WHERE id = ?", (run,))
+            self.execute("DELETE FROM run WHERE live = :live", claim)
             self.execute(
                 """
                 UPDATE task
@@ -1691,15 +1620,14 @@ class Store:
                     extra_trigger = CASE WHEN :extra_at IS NOT NULL THEN :trigger END
                 WHERE name = :task
                 """,
-                claim._asdict(),
+                claim,
             )
 
-    def finish(self, run: int, end: End, now: float, again: str = "") -> Row | None:
+    def finish(self, run: int, end: Row) -> Row | None:
         """Write down how a run ended; return its row, or None if that was done before.
 
-        ``again`` is the trigger of an extra start that should follow, if any.
-        """
-        values = {**end._asdict(), "run": run, "now": now, "again": again or None}
+        ``end["again"]`` is the trigger of an extra start that should follow, if any."""
+        values = {**end, "run": run}
         with self:
             changed = self.execute(
                 """
@@ -1793,8 +1721,6 @@ class Store:
 
 def task_from(row: Row) -> Task:
     """Return a task as the store remembers it."""
-    import json
-
     script, argv, settings = json.loads(row["definition"])
     error = row["error"]
     return Task(row["name"], row["file"], row["fingerprint"], script, tuple(argv), settings, error)
@@ -1827,8 +1753,8 @@ def open_store(state_dir: str) -> Store:
     _make(path, lambda: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)))
     store = Store(path)
     store.rows("SELECT 1")
-    for folder in (os.path.join(state_dir, name) for name in ("runs", "locks")):
-        _make(folder, lambda folder=folder: os.mkdir(folder, 0o700))
+    for folder in (os.path.join(state_dir, "runs"), os.path.join(state_dir, "locks")):
+        _make(folder, partial(os.mkdir, folder, 0o700))
     return store
 
 
@@ -1878,17 +1804,19 @@ class Brief(NamedTuple):
     given: Mapping[str, Any]  # what the task may know
 
 
+def _ignore(_number: int, _frame: object) -> None:
+    """Leave a signal to the pipe that Signals made."""
+
+
 class Signals:
-    """Signals that arrived, as numbers from a pipe that wakes whoever waits; nothing else happens."""
+    """Signals that arrived, as numbers from a pipe that wakes whoever waits; they do no more."""
 
     def __init__(self, *numbers: int) -> None:
-        import signal
-
         self.readable, self._writable = os.pipe()
         for fd in (self.readable, self._writable):
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        self._before = {number: signal.signal(number, _ignore) for number in numbers}
 
     def taken(self) -> bytes:
         """Return the numbers of the signals that arrived since the last call."""
@@ -1898,8 +1826,6 @@ class Signals:
             return b""
 
     def close(self) -> None:
-        import signal
-
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -1909,8 +1835,6 @@ class Signals:
 
 def reset_signals() -> None:
     """Give all signals their default action, whatever we or our caller had set or blocked."""
-    import signal
-
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
@@ -1919,8 +1843,6 @@ def reset_signals() -> None:
 
 
 def signal_name(number: int) -> str:
-    import signal
-
     names = {int(each): each.name for each in signal.Signals}
     return names.get(number, f"signal {number}")
 
@@ -1932,10 +1854,7 @@ def new_live_files(state_dir: str) -> tuple[str, int]:
     """Create and lock the output file of a new run; return its path without suffix, and it.
 
     The lock lives on the open file that keeper and task inherit as stdout and stderr, so the kernel
-    keeps it as long as one of them lives: flock(2).
-    """
-    import fcntl
-
+    keeps it as long as one of them lives: flock(2)."""
     while True:
         live = os.path.join(state_dir, "runs", os.urandom(8).hex())
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND
@@ -1960,10 +1879,7 @@ def remove_live_files(live: str) -> None:
 def probe_lock(path: str) -> int | None:
     """Return the output file with a shared lock on it, or None while a run holds it.
 
-    Shared, so that two who probe never take each other for a run. Raises FileNotFoundError.
-    """
-    import fcntl
-
+    Shared, so that two who probe never take each other for a run. Raises FileNotFoundError."""
     fd = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -2007,15 +1923,11 @@ def test_locks(state_dir: str) -> None:
 
 def note(notes: int, **facts: Any) -> None:
     """Append what one of our processes knows to `.keeper`; one write, so whole or not at all."""
-    import json
-
     os.write(notes, json.dumps(facts).encode() + b"\n")
 
 
 def read_notes(live: str) -> dict[str, Any]:
     """Return what our processes noted about a run; an unfinished last line is none."""
-    import json
-
     notes: dict[str, Any] = {}
     for line in read_bytes(live + ".keeper").splitlines(keepends=True):
         notes.update(json.loads(line) if line.endswith(b"\n") else {})
@@ -2034,7 +1946,7 @@ def read_bytes(path: str, at_most: int = -1) -> bytes:
 
 
 def read_report(live: str) -> dict[str, Any]:
-    """Return what a task reported; the last line of each kind counts. `complaint`: a line is wrong."""
+    """Return what a task reported; the last line of each kind counts, a bad one is `complaint`."""
     report: dict[str, Any] = {}
     for line in read_bytes(live + ".report", REPORT_BYTES).decode("utf-8", "replace").splitlines():
         key, _, value = (part.strip() for part in line.partition("="))
@@ -2047,8 +1959,6 @@ def read_report(live: str) -> dict[str, Any]:
 
 
 def _report_value(key: str, value: str) -> Any:
-    import json
-
     if key == "volume":
         if not (value.isascii() and value.isdigit() and len(value) < 19):
             raise ValueError("must be a whole number")
@@ -2089,7 +1999,7 @@ def masked(content: bytes, secrets: Iterable[str]) -> str:
 
 
 def process_stat(pid: int) -> list[str]:
-    """Return name, state, parent, group ... of a process as proc(5) orders them; [] if it is gone."""
+    """Return name, state, parent, group ... of a process, as proc(5) has them; [] if it is gone."""
     text = read_bytes(f"/proc/{pid}/stat").decode("utf-8", "backslashreplace")
     head, _, tail = text.rpartition(")")
     return [head.partition("(")[2], *tail.split()] if tail else []
@@ -2126,8 +2036,7 @@ def task_lives(notes: Mapping[str, Any]) -> bool:
     """Tell whether the process group that was noted for a run still has living members.
 
     A number that was given to another process since is told by its identity; a group keeps its
-    number as long as it has members. Another boot has none of them.
-    """
+    number as long as it has members. Another boot has none of them."""
     group, noted = notes.get("group", [0, ""])
     if not group or noted.partition(":")[0] != boot_id():
         return False
@@ -2136,8 +2045,6 @@ def task_lives(notes: Mapping[str, Any]) -> bool:
 
 def signal_group(group: int, number: int) -> None:
     """Send a signal to a process group, then SIGCONT: a stopped process takes only SIGKILL."""
-    import signal
-
     for each in (number, signal.SIGCONT):
         try:
             os.killpg(group, each)
@@ -2159,8 +2066,6 @@ def fork(body: Callable[[], int]) -> int:
     try:
         code = body()
     except BaseException:  # noqa: BLE001 - a child must never run on in its parent's code
-        import traceback
-
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -2168,8 +2073,6 @@ def fork(body: Callable[[], int]) -> int:
 
 def keep(brief: Brief, output: int, clock: Clock) -> int:
     """Watch over one run from its start to its end, and note how it ended."""
-    import signal
-
     os.setsid()
     reset_signals()
     _keep_only(output)
@@ -2213,10 +2116,7 @@ def _watch(brief: Brief, group: int, signals: Signals, clock: Clock) -> tuple[st
     """Wait for the task process, and end it when it must; return verdict, status, peak and cut.
 
     The verdict is empty if it ended by itself; the status is negative for a signal; the peak memory
-    is in KiB; cut counts the bytes taken out of its output.
-    """
-    import signal
-
+    is in KiB; cut counts the bytes taken out of its output."""
     verdict, cut, pause = "", 0, 0.05
     ends_at = brief.started + float(brief.task.settings["timeout"])
     while True:
@@ -2248,8 +2148,6 @@ def _cut_output(limit: int) -> int:
 
 def _clear_group(group: int, seconds: float, clock: Clock) -> list[str]:
     """End what a task process left behind in its group; return what that was."""
-    import signal
-
     left = group_members(group)
     if left:
         signal_group(group, signal.SIGTERM)
@@ -2275,8 +2173,7 @@ def end_orphan(live: str, group: int, clock: Clock) -> int:
 def task_side(brief: Brief, notes: int, clock: Clock) -> int:
     """Be the leader of the task's process group: call ``run(task)``, or start the program.
 
-    It notes the exit itself, so that the true end is known even if the keeper was killed.
-    """
+    It notes the exit itself, so that the true end is known even if the keeper was killed."""
     os.setpgid(0, 0)
     reset_signals()
     note(notes, group=[os.getpid(), identity(os.getpid())])
@@ -2287,8 +2184,6 @@ def task_side(brief: Brief, notes: int, clock: Clock) -> int:
 
 
 def _limit(settings: Mapping[str, Any]) -> None:
-    import resource
-
     os.nice(settings["nice"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if settings["memory_limit"]:
@@ -2296,8 +2191,6 @@ def _limit(settings: Mapping[str, Any]) -> None:
 
 
 def _run_program(brief: Brief, notes: int) -> tuple[int, str]:
-    import signal
-
     # what ends the group must not end the one who notes how the program ended
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pid = fork(lambda: _exec_program(brief, notes))
@@ -2322,11 +2215,8 @@ def _exec_program(brief: Brief, notes: int) -> int:
 
 def _run_python(brief: Brief, clock: Clock) -> tuple[int, str]:
     """Call ``run(task)`` of a Python task; return its exit code and, if it failed, the reason."""
-    import faulthandler
-    import signal
-    import traceback
 
-    def end(number: int, frame: object) -> NoReturn:
+    def end(number: int, _frame: object) -> NoReturn:
         raise SystemExit(128 + number)  # so that `finally` and `with` of the task clean up
 
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
@@ -2357,11 +2247,9 @@ def _run_python(brief: Brief, clock: Clock) -> tuple[int, str]:
 
 def _load(brief: Brief) -> Callable[[TaskContext], object]:
     """Execute the file of a Python task, the very bytes that passed the check, and return `run`."""
-    from types import ModuleType
-
     path = os.path.join(brief.tasks_dir, brief.task.script)
     name = "bgtasks_task_" + brief.task.name.replace("-", "_")
-    module = sys.modules[name] = ModuleType(name)
+    module = sys.modules[name] = type(sys)(name)
     module.__file__ = path
     sys.argv = [path]
     # last, so that a file beside it can be imported but never hides a module of Python
@@ -2372,8 +2260,6 @@ def _load(brief: Brief) -> Callable[[TaskContext], object]:
 
 
 def _join_threads() -> None:
-    import threading
-
     for thread in threading.enumerate():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join()
@@ -2467,8 +2353,6 @@ class TaskContext:
             self._write("state", text)
 
     def _state_text(self) -> str:
-        import json
-
         try:
             return json.dumps(self.state, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -2481,11 +2365,13 @@ class TaskContext:
 # -- how a run ended
 
 
-def read_end(row: Row, live: str, secrets: Iterable[str], moment: Callable[[str], int]) -> End | None:
+def read_end(
+    row: Row, live: str, secrets: Iterable[str], moment: Callable[[str], int]
+) -> dict[str, Any] | None:
     """Return how an open run ended, or None while it runs. ``moment`` reads a reported `next_run`.
 
-    The lock is probed first: who held it has written its last note before letting it go.
-    """
+    The lock is probed first: who held it has written its last note before letting it go. `seconds`
+    is None if nobody saw the end."""
     locked = is_locked(live + ".out")
     notes = read_notes(live)
     if "end" not in notes and (locked or task_lives(notes)):
@@ -2500,19 +2386,19 @@ def read_end(row: Row, live: str, secrets: Iterable[str], moment: Callable[[str]
     except ValueError as error:
         reasons.append(f"report: next_run {error}")
     seconds = notes.get("seconds")
-    return End(
-        outcome=outcome,
-        reason=masked(shortened(joined(*reasons), 1000).encode(), secrets),
-        message=masked(report.get("message", "").encode(), secrets),
-        volume=report.get("volume"),
-        exit_code=notes.get("exit", notes.get("status")),
-        peak_kib=notes.get("peak"),
-        output=read_output(live, notes.get("cut", 0), secrets),
-        seconds=seconds,
-        state=report.get("state"),
-        next_run_at=next_run_at,
-        overran=seconds is not None and seconds > row["deadline_at"] - row["started_at"] + 5,
-    )
+    return {
+        "outcome": outcome,
+        "reason": masked(shortened(joined(*reasons), 1000).encode(), secrets),
+        "message": masked(report.get("message", "").encode(), secrets),
+        "volume": report.get("volume"),
+        "exit_code": notes.get("exit", notes.get("status")),
+        "peak_kib": notes.get("peak"),
+        "output": read_output(live, notes.get("cut", 0), secrets),
+        "seconds": seconds,
+        "state": report.get("state"),
+        "next_run_at": next_run_at,
+        "overran": seconds is not None and seconds > row["deadline_at"] - row["started_at"] + 5,
+    }
 
 
 def joined(*texts: str) -> str:
@@ -2531,7 +2417,10 @@ def _judge(notes: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[str, st
     if code == 0:
         return report.get("result") or DONE, ""
     if code is None and "end" not in notes:
-        return INTERRUPTED, "its processes vanished before it ended (killed, or the machine went down)"
+        return (
+            INTERRUPTED,
+            "its processes vanished before it ended (killed, or the machine went down)",
+        )
     if code is None and notes["status"] == 0:
         return FAILED, "ended without reporting (os._exit)"
     code = notes["status"] if code is None else code
@@ -2541,14 +2430,11 @@ def _judge(notes: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[str, st
 
 
 # --- Runner ---------------------------------------------------------------------------------------
-# Settings and a store go in, keepers come out: settle what was left behind, read tasks.d, start what
-# is due in order, wait. It tells what happens through a callback and prints nothing.
+# Settings and a store go in, keepers come out: settle what was left behind, read tasks.d, start
+# what is due in order, wait. It tells what happens through a callback and prints nothing.
 
-SELF_CLEARANCE_SECONDS = 5.0  # a wake-up this close to its end is waited for
-SHORTEST_DEADLINE_SECONDS = 60.0
-ONE_LOOK_DEADLINE_SECONDS = 600.0
+CLEARANCE_SECONDS = 5.0  # a wake-up this close to its end is waited for
 CLOCK_STEP_SECONDS = 2.0
-
 PASSED_ON = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "USER", "LOGNAME", "SHELL", "TMPDIR")
 
 Tell = Callable[[str, Mapping[str, Any]], None]
@@ -2557,68 +2443,20 @@ Tell = Callable[[str, Mapping[str, Any]], None]
 class Selection(NamedTuple):
     """Which tasks a wake-up may start; empty means all."""
 
-    task: tuple[str, ...] = ()
-    exclude_task: tuple[str, ...] = ()
-    group: tuple[str, ...] = ()
-    exclude_group: tuple[str, ...] = ()
+    task: tuple[str, ...]
+    exclude_task: tuple[str, ...]
+    group: tuple[str, ...]
+    exclude_group: tuple[str, ...]
 
     def takes(self, row: Row) -> bool:
-        return (
-            (not self.task or row["name"] in self.task)
-            and row["name"] not in self.exclude_task
-            and (not self.group or row["group"] in self.group)
-            and row["group"] not in self.exclude_group
-        )
+        name, group = row["name"], row["group"]
+        wanted = (not self.task or name in self.task) and (not self.group or group in self.group)
+        return wanted and name not in self.exclude_task and group not in self.exclude_group
 
     def text(self) -> str:
         """Return the flags that make this selection, in one fixed order."""
         pairs = zip(self._fields, self)
         return " ".join(f"--{key}={','.join(sorted(names))}" for key, names in pairs if names)
-
-
-class RunnerLock:
-    """Held by the one runner of a selection. It orders starts; what is safe is the claim."""
-
-    def __init__(self, state_dir: str, selection: Selection) -> None:
-        import zlib
-
-        text = selection.text()
-        name = f"wakeup-{zlib.crc32(text.encode()):08x}.lock" if text else "wakeup.lock"
-        self._path = os.path.join(state_dir, "locks", name)
-        self._fd = -1
-
-    def take(self, ends_at: float | None, clock: Clock) -> bool:
-        """Take the lock; False if its holder will be at work for longer than a few seconds.
-
-        ``ends_at`` is when this wake-up will give it back, on the monotonic clock. The wait lets a
-        crontab line as regular as the runner's own time (every 5 min, 600 s) miss no turn.
-        """
-        import fcntl
-
-        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            self._fd = os.open(self._path, flags, 0o600)
-        except OSError as error:
-            raise cannot_create(self._path, error) from None
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                text = os.pread(self._fd, 64, 0)
-            left = float(text) - clock.monotonic() if text else float("inf")
-            if not -1.0 < left <= SELF_CLEARANCE_SECONDS:
-                self.give_back()
-                return False
-            clock.wait(0.02)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, b"" if ends_at is None else f"{ends_at:.3f}".encode(), 0)
-        return True
-
-    def give_back(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 class Started(NamedTuple):
@@ -2627,38 +2465,62 @@ class Started(NamedTuple):
     run: int
     task: Task
     live: str
-    began: float  # on the monotonic clock
     counts_until: float  # on the monotonic clock; after that it delays nobody
 
 
-def plan_task(task: Task, old: Row | None, settings: Settings, now: float) -> Planned | None:
-    """Return when a task that was read is due, or None if what is planned still holds."""
-    import json
+def take_runner_lock(path: str, ends_at: float | None, clock: Clock) -> int | None:
+    """Return the lock of a selection, as an open file; None if another runner holds it for long.
 
+    It orders starts and spares work; what makes runs safe is the claim. ``ends_at`` is when it will
+    be given back, on the monotonic clock. A holder near that is waited for, so that a crontab line
+    as regular as the runner's own time (every 5 min, 600 s) misses no turn."""
+    try:
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise cannot_create(path, error) from None
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            text = os.pread(fd, 64, 0)
+        left = float(text) - clock.monotonic() if text else float("inf")
+        if not -1.0 < left <= CLEARANCE_SECONDS:
+            os.close(fd)
+            return None
+        clock.wait(0.02)
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{ends_at:.3f}".encode() if ends_at else b"", 0)
+    return fd
+
+
+def plan_task(task: Task, old: Row | None, settings: Settings, now: float) -> dict[str, Any]:
+    """Return the columns that say when a task is due; none if what is planned still holds."""
     if task.error:
-        return None
+        return {}
     values = task.settings
     text = json.dumps([values["schedule"], values["timezone"] or settings.timezone])
-    if old and old["schedule"] == text:
-        return None
+    before = old["schedule"] if old else ""
+    if before == text:
+        return {}
     anchor = schedule_of(values, settings, task.name).anchor_for(now)
-    if old and old["schedule"] and old["last_slot"] is not None:
+    if old and before and old["last_slot"] is not None:
         anchor = old["last_slot"]
     schedule = schedule_of(values, settings, task.name, anchor)
-    new = not old or not old["schedule"]
-    next_run_at = schedule.first(now) if new else schedule.next_after(now)
-    return Planned(text, schedule.always, int(anchor), next_run_at)
+    next_run_at = schedule.next_after(now) if before else schedule.first(now)
+    planned = {"schedule": text, "always": schedule.always, "anchor_at": int(anchor)}
+    return {**planned, "next_run_at": next_run_at}
 
 
 def read_moment(text: str, zone: Zone, now: float) -> int:
-    """Return the Unix seconds of a reported moment: a number, or ISO 8601 (in ``zone`` if it has no
-    offset). Raises ValueError if it cannot be read or is not in the future."""
+    """Return the Unix seconds of a moment after ``now``: a number, or ISO 8601 (without an offset
+    it is local time in ``zone``). Raises ValueError."""
     try:
         if text.isascii() and text.replace(".", "", 1).isdigit():
             moment = float(text)
         else:
             read = datetime.fromisoformat(text.replace("Z", "+00:00"))
-            moments = zone.moments(read) if read.tzinfo is None else [read.timestamp()]
+            moments = [read.timestamp()] if read.tzinfo else zone.moments(read)
             moment = moments[0] if moments else 0.0
     except (ValueError, OverflowError):
         raise ValueError(f"{shortened(text)!r} is neither Unix seconds nor ISO 8601") from None
@@ -2668,8 +2530,6 @@ def read_moment(text: str, zone: Zone, now: float) -> int:
 
 
 def user_name(uid: int) -> str:
-    import pwd
-
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -2677,40 +2537,25 @@ def user_name(uid: int) -> str:
 
 
 def refuse_wrong_user(state_dir: str) -> None:
-    """Raise RefusedError unless we run as the owner of the state, as its files stay theirs."""
-    if os.geteuid() != os.getuid():
+    """Raise RefusedError unless we run as the owner of the state, as its files stay theirs.
+
+    A state that is not there yet will be ours; root may make one only where all belongs to root."""
+    me = os.geteuid()
+    if me != os.getuid():
         raise RefusedError("runs with another user's rights (setuid); start it as the user itself")
     place = state_dir if os.path.exists(state_dir) else os.path.dirname(state_dir)
-    if place != state_dir and os.geteuid():
-        return  # somebody makes their own state, where they may
-    try:
-        owner = os.stat(place).st_uid
-    except OSError as error:
-        raise CreateError(f"{place}: {error.strerror}; set state_dir") from None
-    if owner != os.geteuid():
+    owner = os.stat(place).st_uid if os.path.exists(place) else me
+    if owner != me and (place == state_dir or me == 0):
         name = user_name(owner)
-        raise RefusedError(
-            f"{place}: belongs to {name}, you are {user_name(os.geteuid())};"
-            f" run it as {name} (sudo -u {name} ...)"
-        )
-
-
-def refuse_nested(environ: Mapping[str, str]) -> None:
-    if environ.get("BGTASKS_RUN"):
-        raise BusyError("a task cannot wake bgtasks or run a task; use a schedule instead")
+        text = f"{place}: belongs to {name}, you are {user_name(me)}"
+        raise RefusedError(f"{text}; run it as {name} (sudo -u {name} ...)")
 
 
 def refuse_unsafe_folder(tasks_dir: str) -> None:
     """Raise RefusedError if somebody else could put a task into the folder."""
-    try:
-        info = os.stat(tasks_dir)
-    except OSError as error:
-        raise ConfigError(
-            f"{tasks_dir}: cannot read the folder of tasks ({error.strerror});"
-            " make it, or set tasks_dir"
-        ) from None
-    refuse_unsafe(info, tasks_dir, "folder of tasks")
-    refuse_unsafe_parents(os.path.realpath(tasks_dir))
+    if os.path.isdir(tasks_dir):
+        refuse_unsafe(os.stat(tasks_dir), tasks_dir, "folder of tasks")
+        refuse_unsafe_parents(os.path.realpath(tasks_dir))
 
 
 class Runner:
@@ -2719,35 +2564,31 @@ class Runner:
     def __init__(
         self, settings: Settings, store: Store, clock: Clock, trigger: str, tell: Tell
     ) -> None:
-        self.settings = settings
-        self.store = store
-        self.clock = clock
-        self.trigger = trigger
-        self.tell = tell
-        keys = Selection._fields
-        self.selection = Selection(*(tuple(getattr(settings, key)) for key in keys))
+        self.settings, self.store, self.clock = settings, store, clock
+        self.trigger, self.tell = trigger, tell
+        self.selection = Selection(*(tuple(getattr(settings, key)) for key in Selection._fields))
         self.running: dict[int, Started | None] = {}  # by process id; None: ends an orphan
         self.queue: list[Row] = []
-        self.started = 0
-        self.failed = 0
-        self.stop_signal = 0
+        self.started = self.failed = self.stop_signal = 0
         self.trouble: BgtasksError | None = None
         self._signals: Signals | None = None
         self._always_started: set[str] = set()
         self._steps = int(store.fact("steps") or 0)
-        self._offset = clock.now() - clock.monotonic()
-        self._began = clock.monotonic()
-        self._budget = float(settings.cron_max_execution_time)
-        self._ends_at = self._began + self._budget if self._budget else None
-        self._began_at = clock.now()
+        self._began_at, began = clock.now(), clock.monotonic()
+        self._offset = self._began_at - began
+        budget = settings.cron_max_execution_time
+        self._ends_at = began + budget if budget else None  # None: looks once
         self._wakeup = 0  # the number of its row, once it has one
 
     # -- a wake-up
 
     def wake_up(self) -> None:
         """Do what is due until the time is up, then wait for the keepers still at work."""
-        lock = RunnerLock(self.settings.state_dir, self.selection)
-        if not lock.take(self._ends_at, self.clock):
+        text = self.selection.text()
+        name = f"wakeup-{zlib.crc32(text.encode()):08x}.lock" if text else "wakeup.lock"
+        path = os.path.join(self.settings.state_dir, "locks", name)
+        lock = take_runner_lock(path, self._ends_at, self.clock)
+        if lock is None:
             self._write_wakeup("busy", self.clock.now())
             self.tell("busy", {})
             return
@@ -2756,58 +2597,44 @@ class Runner:
             self.sweep()
             self._work()
         finally:
-            lock.give_back()
+            os.close(lock)
         self._drain()
         self._write_wakeup("maintenance" if self.in_maintenance() else "worked", self.clock.now())
 
     def _work(self) -> None:
-        look_at = self._began
+        look_at = self.clock.monotonic()
         while not self.stop_signal:
             if self.clock.monotonic() >= look_at:
-                self._look()
-                look_at = self.clock.monotonic() + float(self.settings.cron_sleep)
+                self.look()
+                look_at = self.clock.monotonic() + self.settings.cron_sleep
             self._start_due()
             now = self.clock.monotonic()
-            if self._ends_at is None and not self.queue or now >= (self._ends_at or now + 1):
+            if (not self.queue) if self._ends_at is None else now >= self._ends_at:
                 return
-            due_in = self._due_in()
-            look_at = min(look_at, now + due_in)
+            look_at = min(look_at, now + self._due_in(now))
             self._wait(min(look_at, self._ends_at or look_at) - now)
-            if self._reap() and not self.queue and self._ends_at is not None:
+            if self._reap() and not self.queue and self._ends_at:
                 look_at = now
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Bring everything up to date, and queue what is due."""
         self._notice_clock(0.0)
         self.read_folder()
         self.settle()
-        self.queue = self.due()
-
-    def due(self) -> list[Row]:
-        """Return the tasks that this wake-up would start now, in the order of their turn."""
         now = self.clock.now()
         rows = [row for row in self.store.due(now) if self.selection.takes(row)]
-        return sorted((row for row in rows if self._wanted(row, now)), key=_turn)
+        self.queue = sorted((row for row in rows if self._wanted(row, now)), key=_turn)
 
     def _wanted(self, row: Row, now: float) -> bool:
         if row["always"] and row["name"] not in self._always_started:
             return True
         return any(at is not None and at <= now for at in (row["next_run_at"], row["extra_at"]))
 
-    def run_by_hand(self, name: str) -> Row | None:
-        """Run one task now and return its run; None if it runs already, or could not be started."""
-        self.sweep()
-        self.settle()
-        row = self.store.task(name)
-        run = row and self.start(row, "hand")
-        self._drain()
-        return self.store.run(run) if run else None
-
-    def _due_in(self) -> float:
+    def _due_in(self, now: float) -> float:
         """Return the seconds until the next slot, or until a run no longer keeps others waiting."""
-        now = self.clock.monotonic()
         if self.queue:
-            counting = [run.counts_until for run in self.running.values() if run]
-            return min((at - now for at in counting if at > now), default=3600.0)
+            until = [run.counts_until - now for run in self.running.values() if run]
+            return min((seconds for seconds in until if seconds > 0), default=3600.0)
         due = self.store.next_due(self.clock.now())
         return 3600.0 if due is None else due - self.clock.now()
 
@@ -2815,13 +2642,13 @@ class Runner:
         return os.path.exists(self.settings.maintenance_flag)
 
     def _start_due(self) -> None:
-        limit = int(self.settings.cron_limit)
+        limit = self.settings.cron_limit
         while self.queue and not self.stop_signal:
             now = self.clock.monotonic()
-            counting = sum(1 for run in self.running.values() if run and run.counts_until > now)
-            if counting >= int(self.settings.max_parallel):
+            counting = [run for run in self.running.values() if run and run.counts_until > now]
+            if len(counting) >= self.settings.max_parallel:
                 return
-            if self.in_maintenance() or limit and self.started >= limit:
+            if self.in_maintenance() or (limit and self.started >= limit):
                 self.queue.clear()
                 return
             self.start(self.queue.pop(0))
@@ -2839,71 +2666,73 @@ class Runner:
 
     def _catch_signals(self) -> Signals:
         if self._signals is None:
-            import signal
-
             stopping = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
             self._signals = Signals(signal.SIGCHLD, *stopping)
         return self._signals
 
     def _take_signals(self) -> None:
-        """Note what arrived; a second signal to stop makes the keepers stop waiting."""
-        import signal
-
-        if self._signals is None:
-            return
-        for number in self._signals.taken():
+        """See what arrived. Told to stop, it tells the keepers; told again, they wait no longer."""
+        for number in self._catch_signals().taken():
             if number != signal.SIGCHLD:
                 self.stop_signal = number
                 self.queue.clear()
-                self.stop_keepers()
-
-    def stop_keepers(self) -> None:
-        import signal
-
-        for pid in self.running:
-            os.kill(pid, signal.SIGTERM)
+                for pid in self.running:
+                    os.kill(pid, signal.SIGTERM)
 
     def _drain(self) -> None:
         while self.running:
             self._wait(3600.0)
             self._reap()
-        if self._signals is not None:
+        if self._signals:
             self._signals.close()
             self._signals = None
+
+    def _write_wakeup(self, result: str, ended_at: float | None) -> None:
+        values = {
+            "started_at": self._began_at,
+            "ended_at": ended_at,
+            "trigger": self.trigger,
+            "user": user_name(os.geteuid()),
+            "node": self.settings.node,
+            "selection": self.selection.text(),
+            "result": result,
+            "started": self.started,
+            "failed": self.failed,
+        }
+        known = {"id": self._wakeup} if self._wakeup else {}
+        self._wakeup = self.store.write_wakeup({**values, **known})
 
     # -- what was left behind, and what changed
 
     def read_folder(self) -> None:
         """Bring the task table up to date with tasks.d."""
-        folder = discover(self.settings, self.store.known())
-        if not folder.changed and not folder.gone:
+        changed, gone, _ = discover(self.settings, self.store.known())
+        if not changed and not gone:
             return
         now = self.clock.now()
         with self.store:
-            for task in folder.changed:
+            for task in changed:
                 old = self.store.task(task.name)
                 self.store.write_task(task, plan_task(task, old, self.settings, now))
                 if task.error and (not old or old["error"] != task.error):
                     self.tell("broken", {"task": task.name, "reason": task.error})
-            for name in folder.gone:
+            for name in gone:
                 self.store.forget_file(name)
 
     def settle(self) -> None:
         """Write down the ends of runs that other runners left, and end those past their timeout."""
         mine = {run.run for run in self.running.values() if run}
         for row in self.store.open_runs():
-            if row["id"] in mine:
-                continue
             task = task_from(self.store.task(row["task"]) or {})
             live = os.path.join(self.settings.state_dir, "runs", row["live"])
-            if not self._finish(row["id"], task, live):
+            if row["id"] not in mine and not self._finish(row["id"], task, live):
                 self._end_if_overdue(task, live)
 
     def _end_if_overdue(self, task: Task, live: str) -> None:
         notes = read_notes(live)
         keeper, noted = notes.get("keeper", [0, ""])
         worked = self.clock.monotonic() - notes.get("began", self.clock.monotonic())
-        if worked > task.settings["timeout"] and identity(keeper) != noted:
+        if worked > task.settings["timeout"] and identity(keeper) != noted and "group" in notes:
             self.tell("overdue", {"task": task.name})
             self._catch_signals()
             self.store.close()
@@ -2921,29 +2750,27 @@ class Runner:
                 held = probe_lock(live + ".out")
             except FileNotFoundError:
                 held = -1
-            if held is not None:
-                if name not in {row["live"] for row in self.store.open_runs()}:
-                    remove_live_files(live)
-                if held >= 0:
-                    os.close(held)
+            if held is not None and all(row["live"] != name for row in self.store.open_runs()):
+                remove_live_files(live)
+            if held is not None and held >= 0:
+                os.close(held)
 
     def _notice_clock(self, seen: float) -> None:
-        """See that the wall clock was set back since the last look, or since it was ``seen``."""
+        """See if the wall clock was set back since the last look, or since it was ``seen``.
+
+        Then what follows real time is planned anew; fixed times that were started are not repeated.
+        """
         now = self.clock.now()
         offset = now - self.clock.monotonic()
-        if max(self._offset - offset, seen - now) > CLOCK_STEP_SECONDS:
-            self._go_on_in_real_time(now)
-        self._offset = offset
-
-    def _go_on_in_real_time(self, now: float) -> None:
-        """Plan anew what follows real time; fixed times that were started are not repeated."""
+        back, self._offset = max(self._offset - offset, seen - now), offset
+        if back <= CLOCK_STEP_SECONDS:
+            return
         self._steps += 1
         self.store.put("fact", {"name": "steps", "value": str(self._steps)}, "name")
         self.tell("clock", {})
         for row in self.store.tasks():
             if row["next_run_at"] is not None and row["file"] and not row["error"]:
-                schedule = self._schedule(task_from(row), row)
-                planned = schedule.next_after(now, row["last_slot"])
+                planned = self._schedule(task_from(row), row).next_after(now, row["last_slot"])
                 if planned is not None and planned < row["next_run_at"]:
                     self.store.plan(row["name"], planned, row["next_run_at"])
 
@@ -2952,82 +2779,80 @@ class Runner:
 
     # -- one run
 
-    def start(self, row: Row, trigger: str = "") -> int | None:
+    def run_by_hand(self, name: str) -> Row | None:
+        """Run one task now and return its run; None if it runs already, or could not be started."""
+        self.sweep()
+        self.settle()
+        row = self.store.task(name)
+        run = self.start(row) if row else None
+        self._drain()
+        return self.store.run(run) if run else None
+
+    def start(self, row: Row) -> int | None:
         """Claim and start a run; return its number, or None if there is none to start."""
         task = task_from(row)
         try:
-            claim = self._claim(task, row, trigger)
+            claim = self._claim(task, row)
         except TaskError as error:  # a package that its schedule needs is gone
-            self.store.write_task(task._replace(error=str(error), fingerprint=""))
+            self.store.write_task(task._replace(error=str(error), fingerprint=""), {})
             return None
         live, output = new_live_files(self.settings.state_dir)
         try:
-            run = self.store.claim(
-                claim._replace(live=os.path.basename(live)), self._steps, self.clock.now()
-            )
+            run = self.store.claim({**claim, "live": os.path.basename(live)})
             if run is None:
                 remove_live_files(live)
                 return None
-            began = self.clock.monotonic()
-            brief = self._brief(run, task, row, claim, live, began)
+            brief = self._brief(run, task, row, claim, live)
             self._catch_signals()
+            usual = self.store.usual_seconds(task.name)
             self.store.close()
-            try:
-                pid = fork(lambda: keep(brief, output, self.clock))
-            except OSError as error:
-                self._give_back(run, claim, live, error)
-                return None
+            pid = fork(lambda: keep(brief, output, self.clock))
+        except OSError as error:
+            self._give_back(claim, live, error)
+            return None
         finally:
             os.close(output)
-        usual = self.store.usual_seconds(task.name)
         patience = max(60.0, 2 * usual) if usual is not None else float("inf")
-        counts_until = min(brief.deadline, began + patience)
-        self.running[pid] = Started(run, task, live, began, counts_until)
+        until = min(brief.deadline, brief.started + patience)
+        self.running[pid] = Started(run, task, live, until)
         self.started += 1
         self._always_started.add(task.name)
-        self.tell("start", {"task": task.name, "run": run, "planned_at": claim.planned_at})
+        self.tell("start", {"task": task.name, "run": run, "planned_at": claim["planned_at"]})
         return run
 
-    def _claim(self, task: Task, row: Row, trigger: str) -> Claim:
-        """Return what to claim: the slot that is due, else an extra start, else one without either."""
+    def _claim(self, task: Task, row: Row) -> dict[str, Any]:
+        """Return what to claim: the slot that is due, else an extra start, else one with neither."""
         now = self.clock.now()
-        slot, extra = row["next_run_at"], row["extra_at"]
-        next_run_at = None
-        if trigger or slot is None or slot > now:
-            slot = None
-        else:
-            next_run_at = self._schedule(task, row).next_after(now, slot)
-        if trigger or slot is not None or extra is None or extra > now:
-            extra = None
-        return Claim(
-            task=task.name,
-            slot=slot,
-            next_run_at=next_run_at,
-            extra_at=extra,
-            planned_at=slot or extra or now,
-            deadline_at=now + self._deadline_seconds(task),
-            trigger=trigger or (row["extra_trigger"] if extra else self.trigger),
-            live="",
-            node=str(self.settings.node),
+        by_hand = self.trigger == "hand"
+        slot, extra = (
+            None if by_hand or at is None or at > now else at
+            for at in (row["next_run_at"], row["extra_at"])
         )
+        extra = extra if slot is None else None
+        return {
+            "task": task.name,
+            "slot": slot,
+            "next_run_at": slot and self._schedule(task, row).next_after(now, slot),
+            "extra_at": extra,
+            "planned_at": slot or extra or now,
+            "deadline_at": now + self._deadline_seconds(task),
+            "trigger": row["extra_trigger"] if extra else self.trigger,
+            "node": self.settings.node,
+            "steps": self._steps,
+            "now": now,
+        }
 
     def _deadline_seconds(self, task: Task) -> float:
         if task.settings["deadline"]:
             return float(task.settings["deadline"])
-        if self._ends_at is None:
-            return ONE_LOOK_DEADLINE_SECONDS
-        return max(SHORTEST_DEADLINE_SECONDS, self._ends_at - self.clock.monotonic())
+        return max(60.0, self._ends_at - self.clock.monotonic()) if self._ends_at else 600.0
 
-    def _brief(
-        self, run: int, task: Task, row: Row, claim: Claim, live: str, began: float
-    ) -> Brief:
-        import json
-
+    def _brief(self, run: int, task: Task, row: Row, claim: Row, live: str) -> Brief:
         given = {
             "task": task.name,
             "run": run,
-            "slot": claim.planned_at,
-            "deadline": claim.deadline_at,
+            "slot": claim["planned_at"],
+            "deadline": claim["deadline_at"],
             "last_success": row["last_success_at"],
             "node": self.settings.node,
             "state_dir": self.settings.state_dir,
@@ -3038,203 +2863,155 @@ class Runner:
         }
         with open(append_to(live + ".input"), "w") as file:
             json.dump(given, file)
-        deadline = began + claim.deadline_at - self.clock.now()
+        began = self.clock.monotonic()
+        deadline = began + claim["deadline_at"] - claim["now"]
         env = task_environment(task, live, given)
         return Brief(task, live, self.settings.tasks_dir, began, deadline, env, given)
 
-    def _give_back(self, run: int, claim: Claim, live: str, error: OSError) -> None:
+    def _give_back(self, claim: Row, live: str, error: OSError) -> None:
         """Undo a claim, as the system would not give us a process; the next look tries again."""
-        self.store.give_back(run, claim)
+        self.store.give_back({**claim, "live": os.path.basename(live)})
         remove_live_files(live)
         self.queue.clear()
-        self.trouble = ProcessError(f"cannot start a process: {error.strerror}; raise the limit")
+        self.trouble = ProcessError(f"cannot start a process ({error.strerror}); raise the limit")
         self.tell("trouble", {"reason": str(self.trouble)})
 
     def _reap(self) -> bool:
-        """Take the keepers that have ended, and write down their runs; tell if there were any."""
-        ended = False
-        for pid in list(self.running):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                run = self.running.pop(pid)
-                if run:
-                    self._finish(run.run, run.task, run.live)
-                ended = True
-        return ended
+        """Write down the runs whose keepers have ended; tell if there were any."""
+        ended = [pid for pid in self.running if os.waitpid(pid, os.WNOHANG)[0]]
+        for run in [self.running.pop(pid) for pid in ended]:
+            if run:
+                self._finish(run.run, run.task, run.live)
+        return bool(ended)
 
     def _finish(self, run: int, task: Task, live: str) -> bool:
         """Write down the end of a run if it is over; return whether it is."""
-        row = self.store.run(run)
-        now = self.clock.now()
+        row, now = self.store.run(run), self.clock.now()
         zone = Zone(task.settings["timezone"] or self.settings.timezone)
-        end = row and read_end(
-            row, live, self.settings.secrets, lambda text: read_moment(text, zone, now)
-        )
-        if not row or not end:
+        secrets = self.settings.secrets
+        end = row and read_end(row, live, secrets, lambda text: read_moment(text, zone, now))
+        if not end:
             return False
-        again = "repeat" if end.outcome == MORE else ""
-        if end.outcome == INTERRUPTED and task.settings["on_interrupt"] == "again":
-            again = "again"
-        finished = self.store.finish(run, end, now, again=again)
+        interrupted = end["outcome"] == INTERRUPTED and task.settings["on_interrupt"] == "again"
+        again = "repeat" if end["outcome"] == MORE else "again" if interrupted else None
+        finished = self.store.finish(run, {**end, "now": now, "again": again})
         if finished:
-            self.failed += end.outcome in FAILURES
+            self.failed += end["outcome"] in FAILURES
             self.tell("end", finished)
         remove_live_files(live)
         return True
-
-    # -- the wake-up's own row
-
-    def _write_wakeup(self, result: str, ended_at: float | None) -> None:
-        values: dict[str, Any] = {
-            "started_at": self._began_at,
-            "ended_at": ended_at,
-            "trigger": self.trigger,
-            "user": user_name(os.geteuid()),
-            "node": self.settings.node,
-            "selection": self.selection.text(),
-            "result": result,
-            "started": self.started,
-            "failed": self.failed,
-        }
-        if self._wakeup:
-            values["id"] = self._wakeup
-        self._wakeup = self.store.write_wakeup(values)
 
 
 def _turn(row: Row) -> tuple[bool, bool, int, float]:
     """Return the place of a due task in the queue.
 
     Repeats stand behind the others, and before them those whose last run failed, overran or took
-    its runner down, so that they delay nobody.
-    """
-    repeat = row["extra_trigger"] == "repeat"
+    its runner down, so that they delay nobody."""
     troubled = row["last_outcome"] not in (None, DONE, NOTHING, MORE) or bool(row["last_overran"])
-    due_at = row["next_run_at"] if row["next_run_at"] is not None else row["extra_at"]
-    return repeat, troubled, row["order"], due_at or 0.0
+    due_at = row["extra_at"] if row["next_run_at"] is None else row["next_run_at"]
+    return row["extra_trigger"] == "repeat", troubled, row["order"], due_at or 0.0
 
 
 def task_environment(task: Task, live: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Return the environment of a task: built new, and without secrets."""
-    import json
-
-    env = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
-    env.update({key: value for key, value in os.environ.items() if key.startswith("LC_")})
-    env.setdefault("PATH", "/usr/local/bin:/usr/bin:/bin")
+    passed = (key for key in os.environ if key in PASSED_ON or key.startswith("LC_"))
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", **{key: os.environ[key] for key in passed}}
     for name, value in task.settings["options"].items():
         if not is_secret(name):
             key = "".join(c if c.isascii() and c.isalnum() else "_" for c in name.upper())
-            text = value if isinstance(value, str) else json.dumps(value)
-            env["BGTASKS_OPTION_" + key] = text
+            env[f"BGTASKS_OPTION_{key}"] = value if isinstance(value, str) else json.dumps(value)
     env.update(task.settings["env"])
-    last, most = given["last_success"], given["maximum"]
-    env.update(
-        BGTASKS_TASK=given["task"],
-        BGTASKS_RUN=str(given["run"]),
-        BGTASKS_SLOT=str(int(given["slot"])),
-        BGTASKS_DEADLINE=str(int(given["deadline"])),
-        BGTASKS_LAST_SUCCESS="" if last is None else str(int(last)),
-        BGTASKS_NODE=given["node"],
-        BGTASKS_STATE_DIR=given["state_dir"],
-        BGTASKS_MAXIMUM="" if most is None else str(most),
-        BGTASKS_REPORT=live + ".report",
-        BGTASKS_INPUT=live + ".input",
-    )
-    return env
+    for key in ("task", "run", "slot", "deadline", "last_success", "node", "state_dir", "maximum"):
+        value = int(given[key]) if isinstance(given[key], float) else given[key]
+        env[f"BGTASKS_{key.upper()}"] = "" if value is None else str(value)
+    return {**env, "BGTASKS_REPORT": live + ".report", "BGTASKS_INPUT": live + ".input"}
 
 
 # --- Reports --------------------------------------------------------------------------------------
 # Rows of the store go in; JSON values and text for people come out. Nothing here writes or prints.
 
-TASK_KEYS = (
-    ("name", "state", "reason", "schedule", "next_run_at", "running", "progress"),
-    ("last_started_at", "last_ended_at", "last_outcome", "runs", "failures"),
-    ("consecutive_failures", "last_seconds", "min_seconds", "average_seconds", "max_seconds"),
-    ("volume", "description"),
-)
-RUN_KEYS = (
-    ("id", "task", "planned_at", "started_at", "ended_at", "outcome", "reason", "volume"),
-    ("message", "exit_code", "trigger", "node"),
-)
 WORST_FIRST = ("broken", "missing", "paused", "disabled", "active", "ignored")
+NO_TASK = {
+    **dict.fromkeys(("next_run_at", "progress", "last_started_at", "last_ended_at")),
+    **dict.fromkeys(("last_outcome", "last_seconds", "min_seconds", "average_seconds")),
+    **dict.fromkeys(("max_seconds",)),
+    **dict.fromkeys(("runs", "failures", "consecutive_failures", "volume"), 0),
+    "schedule": "",
+    "description": "",
+    "reason": "",
+    "running": False,
+}
 
 
 def task_rows(settings: Settings, store: Store, now: float) -> list[dict[str, Any]]:
     """Return every file of tasks.d with what is known of it, as it is now, without writing."""
-    rows = {row["name"]: dict(row) for row in store.tasks()}
-    known = {k: Known(r["file"], r["script"], r["fingerprint"]) for k, r in rows.items()}
-    folder = discover(settings, known)
-    for task in folder.changed:
+    rows = {row["name"]: {**row, "task": task_from(row)} for row in store.tasks()}
+    changed, gone, ignored = discover(settings, rows)
+    for task in changed:
         old = rows.get(task.name)
         planned = plan_task(task, old, settings, now)
-        row = rows[task.name] = {**(old or {}), **(planned._asdict() if planned else {})}
-        row.update(name=task.name, file=task.file, error=task.error, settings=task.settings)
-    for name in folder.gone:
-        rows[name]["file"] = ""
+        rows[task.name] = {**(old or {"paused_at": None}), **planned, "task": task}
+    for name in gone:
+        rows[name]["task"] = rows[name]["task"]._replace(file="")
     for run in store.open_runs():
-        _show_run(rows[run["task"]], run, settings)
+        live = os.path.join(settings.state_dir, "runs", run["live"])
+        end = read_end(run, live, settings.secrets, int)
+        outcome = end["outcome"] if end else RUNNING
+        rows[run["task"]].update(last_outcome=outcome, running=not end)
+        rows[run["task"]]["progress"] = None if end else read_report(live).get("progress")
     found = [_task_row(row, now) for row in rows.values()]
-    ignored = [{"name": file, "state": "ignored", "reason": r} for file, r in folder.ignored.items()]
-    every = [{key: row.get(key) for keys in TASK_KEYS for key in keys} for row in found + ignored]
-    return sorted(every, key=lambda row: (WORST_FIRST.index(row["state"]), row["name"].lower()))
-
-
-def _show_run(row: dict[str, Any], run: Row, settings: Settings) -> None:
-    """Put the true state of an open run into the row of its task."""
-    live = os.path.join(settings.state_dir, "runs", run["live"])
-    end = read_end(run, live, settings.secrets, int)
-    row["last_outcome"] = end.outcome if end else RUNNING
-    row["running"] = not end
-    row["progress"] = None if end else read_report(live).get("progress")
+    for file, reason in ignored.items():
+        found.append({**NO_TASK, "name": file, "state": "ignored", "reason": reason})
+    return sorted(found, key=lambda row: (WORST_FIRST.index(row["state"]), row["name"].lower()))
 
 
 def _task_row(row: Mapping[str, Any], now: float) -> dict[str, Any]:
-    settings = row["settings"] if "settings" in row else task_from(row).settings
-    paused = row.get("paused_at") and (row["paused_until"] is None or row["paused_until"] > now)
-    state, reason = "active", row["error"]
-    if not row["file"]:
+    task: Task = row["task"]
+    state, reason = "active", task.error
+    if not task.file:
         state, reason = "missing", "its file is gone from tasks.d"
-    elif row["error"]:
+    elif task.error:
         state = "broken"
-    elif paused:
+    elif row["paused_at"] and (row["paused_until"] is None or row["paused_until"] > now):
         until = f" until {iso(row['paused_until'])}" if row["paused_until"] else ""
         state, reason = "paused", joined(f"by {row['paused_by']}{until}", row["paused_note"])
-    elif not settings["enabled"]:
+    elif not task.settings["enabled"]:
         state, reason = "disabled", "enabled = false"
-    schedule = settings.get("schedule") or ""
-    counts = {key: row.get(key) or 0 for key in ("runs", "failures", "consecutive_failures", "volume")}
+    schedule = task.settings.get("schedule", "")
+    known = {key: row[key] for key in NO_TASK if row.get(key) is not None}
     moments = ("last_started_at", "last_ended_at")
     return {
-        **row,
-        **counts,
+        "name": task.name,
+        "state": state,
+        **NO_TASK,
+        **known,
         **{key: iso(row.get(key)) for key in moments},
         "next_run_at": iso(row.get("next_run_at")) if state == "active" else None,
-        "state": state,
         "reason": reason,
         "schedule": schedule if isinstance(schedule, str) else ", ".join(schedule),
-        "running": bool(row.get("running")),
         "average_seconds": row["total_seconds"] / row["ended"] if row.get("ended") else None,
-        "description": settings.get("description", ""),
+        "description": task.settings.get("description", ""),
     }
 
 
 def run_row(run: Row) -> dict[str, Any]:
-    moments = ("planned_at", "started_at", "ended_at")
-    row = {key: run[key] for keys in RUN_KEYS for key in keys}
-    return {**row, **{key: iso(run[key]) for key in moments}}
+    """Return a run as `history --json` shows it."""
+    moments = {key: iso(run[key]) for key in ("planned_at", "started_at", "ended_at")}
+    keys = ("outcome", "reason", "volume", "message", "exit_code", "trigger", "node")
+    return {"id": run["id"], "task": run["task"], **moments, **{key: run[key] for key in keys}}
 
 
 def status(settings: Settings, store: Store, clock: Clock) -> dict[str, Any]:
     """Return the whole truth about the installation, as `status --json` shows it."""
     last = store.last_wakeup()
+    keys, moments = ("trigger", "user", "node", "selection", "result"), ("started_at", "ended_at")
     return {
         "version": __version__,
         "generated_at": iso(clock.now()),
         "node": settings.node,
         "maintenance": os.path.exists(settings.maintenance_flag),
         "last_wakeup": last
-        and {
-            **{key: last[key] for key in ("trigger", "user", "node", "selection", "result")},
-            **{key: iso(last[key]) for key in ("started_at", "ended_at")},
-        },
+        and {**{key: iso(last[key]) for key in moments}, **{key: last[key] for key in keys}},
         "tasks": task_rows(settings, store, clock.now()),
     }
 
@@ -3257,58 +3034,58 @@ def when(moment: str | None, now: float) -> str:
     today = read.date() == datetime.fromtimestamp(now, read.tzinfo).date()
     away = read.timestamp() - now
     text = read.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M")
-    return f"{text} ({f'in {duration(away)}' if away >= 0 else f'{duration(-away)} ago'})"
+    return f"{text} (in {duration(away)})" if away >= 0 else f"{text} ({duration(-away)} ago)"
 
 
 def table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
-    """Return aligned lines, the last column cut so that no line is wider than ``width``."""
+    """Return aligned lines; with a width, the widest columns are cut until the last has room."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    if width:  # what is left for the last column must still say something
-        while widths and sum(widths) + 2 * len(widths) > width - 16 and max(widths) > 8:
-            widths[widths.index(max(widths))] -= 1
-    lines = ["  ".join([*(_cell(c, w) for c, w in zip(row, widths)), row[-1]]) for row in rows]
-    return [(line if not width else shortened(line, width)).rstrip() for line in lines]
-
-
-def _cell(text: str, width: int) -> str:
-    return (text if len(text) <= width else text[: width - 1] + "~").ljust(width)
+    while width and sum(widths) + 2 * len(widths) > width - 16 and max(widths) > 6:
+        widths[widths.index(max(widths))] -= 1
+    lines: list[str] = []
+    for row in rows:
+        cut = [c if len(c) <= w else c[: w - 1] + "~" for c, w in zip(row, widths)]
+        cells = [cell.ljust(w) for cell, w in zip(cut, widths)]
+        lines.append(shortened("  ".join([*cells, row[-1]]).rstrip(), width or 10_000))
+    return lines
 
 
 def status_lines(found: Mapping[str, Any], now: float, width: int | None) -> list[str]:
     """Return the status as a table for people, worst first."""
     last = found["last_wakeup"]
-    woken = "never woken; see the README for the crontab line"
+    woken = "never woken; the README has the crontab line"
     if last:
-        woken = f"last wake-up {when(last['started_at'], now)} by {last['trigger']}, {last['result']}"
+        woken = f"last wake-up {when(last['started_at'], now)} by {last['user']}, {last['result']}"
     lines = [f"bgtasks {__version__} on {found['node']}, {found['generated_at']}; {woken}"]
     if found["maintenance"]:
         lines.append("MAINTENANCE: nothing starts while the maintenance flag exists")
     rows = [("TASK", "STATE", "NEXT", "LAST", "OUTCOME", "TOOK", "RUNS", "FAILED", "ABOUT")]
     for task in found["tasks"]:
-        running = f"running {task['progress'] or ''}".strip() if task["running"] else ""
+        outcome = task["last_outcome"] or ""
         cells = (
             *(task["name"], task["state"], when(task["next_run_at"], now)),
-            *(when(task["last_started_at"], now), running or task["last_outcome"] or ""),
+            *(when(task["last_started_at"], now), joined(outcome, task["progress"] or "")),
             *(duration(task["last_seconds"]), str(task["runs"] or ""), str(task["failures"] or "")),
-            task["reason"] or task["description"] or "",
+            task["reason"] or task["description"],
         )
-        rows.append(tuple(visible(cell) for cell in cells))
+        rows.append(tuple(visible(cell) for cell in cells))  # type: ignore[arg-type] # nine again
     return [shortened(line, width or 10_000) for line in lines] + table(rows, width)
 
 
 def history_lines(runs: Sequence[Row], now: float, width: int | None) -> list[str]:
     rows = [("RUN", "TASK", "STARTED", "TOOK", "OUTCOME", "VOLUME", "TRIGGER", "ABOUT")]
     for run in runs:
-        took = run["ended_at"] - run["started_at"] if run["ended_at"] else None
-        cells = (str(run["id"]), run["task"], when(iso(run["started_at"]), now), duration(took))
+        took = duration(run["ended_at"] - run["started_at"]) if run["ended_at"] else ""
         volume = "" if run["volume"] is None else str(run["volume"])
-        about = joined(run["reason"], run["message"])
-        rows.append((*cells, run["outcome"], volume, run["trigger"], visible(about)))
+        about = visible(joined(run["reason"], run["message"]))
+        started = when(iso(run["started_at"]), now)
+        cells = (str(run["id"]), run["task"], started, took, run["outcome"], volume, run["trigger"])
+        rows.append((*cells, about))
     return table(rows, width)
 
 
 def event_line(kind: str, facts: Mapping[str, Any]) -> str:
-    """Return what a runner told, as a line for `--verbose`; empty if it is nothing to say."""
+    """Return what a runner told, as a line for `--verbose`."""
     if kind == "start":
         return f"{facts['task']}: run {facts['run']} starts (planned {iso(facts['planned_at'])})"
     if kind == "end":
@@ -3316,31 +3093,24 @@ def event_line(kind: str, facts: Mapping[str, Any]) -> str:
         about = joined(volume, facts["reason"], facts["message"])
         took = duration(facts["ended_at"] - facts["started_at"])
         return f"{facts['task']}: {facts['outcome']} after {took}" + (about and f": {about}")
+    if kind == "progress":
+        shown = (
+            (run.task.name, read_report(run.live).get("progress", "")) for run in facts["runs"]
+        )
+        return "running: " + ", ".join(f"{name} {progress}".strip() for name, progress in shown)
     return {
         "broken": "{task}: broken: {reason}",
         "busy": "another runner is at work; nothing to do here",
         "clock": "the clock was set back; going on in real time",
-        "overdue": "{task}: run {run} is past its timeout and has lost its keeper; ending it",
+        "overdue": "{task}: is past its timeout and has lost its keeper; ending it",
         "trouble": "{reason}",
-    }.get(kind, "").format(**facts)
+    }[kind].format(**facts)
 
 
 # --- Command line ---------------------------------------------------------------------------------
-# Arguments go in, an exit code comes out. Without a command it is the wake-up. Only here, and in the
-# keeper's processes, is anything printed, and only here does the program exit.
+# Arguments go in, an exit code comes out. Without a command it is the wake-up. Only here, and in
+# the keeper's processes, is anything printed, and only here does the program exit.
 
-COMMAND_FLAGS = {
-    "status": ("json",),
-    "show": ("json",),
-    "history": ("count", "json"),
-    "log": (),
-    "run": (),
-    "next": ("from", "count", "timezone", "json"),
-    "lint": (),
-    "pause": ("all", "for", "note"),
-    "resume": ("all",),
-}
-BARE_FLAGS = ("json", "all", "help", "version")
 HELP = """\
 bgtasks: run the background tasks in tasks.d that are due
 
@@ -3362,52 +3132,64 @@ For people:
 
 Settings, here as --KEY=VALUE or in the param file as KEY = VALUE:
 """
+BARE_FLAGS = ("json", "all", "help", "version")
 
 
 class Invocation(NamedTuple):
     """What the command line asks for."""
 
     command: str
-    words: tuple[str, ...]
+    words: list[str]
     flags: Mapping[str, str]  # of the command
     settings: Settings
     clock: Clock
 
+    def word(self, what: str) -> str:
+        if len(self.words) != 1:
+            raise UsageError(f"{self.command} needs one {what}; see --help")
+        return self.words[0]
+
+    def count(self, default: int) -> int:
+        return int(_usage(lambda: read_number(1, 1_000_000)(self.flags.get("count", str(default)))))
+
+
+def _usage(read: Callable[[], Any]) -> Any:
+    """Return what ``read`` returns; what it refuses is a wrong argument."""
+    try:
+        return read()
+    except (ValueError, TaskError) as error:
+        raise UsageError(str(error)) from None
+
 
 def split_arguments(argv: Sequence[str]) -> tuple[str, list[str], dict[str, str], dict[str, str]]:
-    """Return command, words, the command's flags and the settings. Raises UsageError."""
-    command, words = "", list[str]()
+    """Return command, words, the command's flags, and settings. Raises UsageError."""
+    command, words, rest = "", list[str](), list(argv)
     flags: dict[str, str] = {}
     settings: dict[str, str] = {}
-    rest = list(argv)
-    known = {option.key: option for option in OPTIONS}
+    options = {option.key: option for option in OPTIONS}
     while rest:
         word = rest.pop(0)
         if any("\ud800" <= c <= "\udfff" for c in word):
             raise UsageError(f"argument {shortened(word)!r}: is not valid UTF-8")
-        if not word.startswith("--"):
-            if not command and word not in COMMAND_FLAGS:
-                hint = nearest(word, COMMAND_FLAGS)
-                raise UsageError(f"there is no command {shortened(word)!r}{hint}; see --help")
-            if command:
-                words.append(word)
-            command = command or word
-            continue
         key, equals, value = word[2:].partition("=")
-        mine = COMMAND_FLAGS.get(command, ())
-        if key in mine or key in ("help", "version"):
-            if not equals and key not in BARE_FLAGS:
-                if not rest:
-                    raise UsageError(f"--{key} needs a value; see --help")
-                value = rest.pop(0)
-            flags[key] = value or "1"
-            continue
-        if not equals and key in known and known[key].read is not read_boolean:
-            raise UsageError(f"--{key} needs a value: --{key}=...")
-        if key not in known and not key.startswith("task."):
-            hint = nearest(key, [*known, *mine])
+        mine = ("help", "version", *COMMANDS[command][1])
+        if not word.startswith("--"):
+            if not command and word not in COMMANDS:
+                hint = nearest(word, COMMANDS)
+                raise UsageError(f"there is no command {shortened(word)!r}{hint}; see --help")
+            words += [word] if command else []
+            command = command or word
+        elif key in mine:
+            if not equals and key not in BARE_FLAGS and not rest:
+                raise UsageError(f"--{key} needs a value; see --help")
+            flags[key] = value if equals or key in BARE_FLAGS else rest.pop(0)
+        elif key not in options and not key.startswith("task."):
+            hint = nearest(key, [*options, *mine])
             raise UsageError(f"there is no option --{shortened(key)}{hint}; see --help")
-        settings[key] = value if equals else "1"
+        elif not equals and (key not in options or options[key].read is not read_boolean):
+            raise UsageError(f"--{key} needs a value: --{key}=...")
+        else:
+            settings[key] = value if equals else "1"
     return command, words, flags, settings
 
 
@@ -3425,18 +3207,19 @@ def main(argv: Sequence[str] | None = None, clock: Clock | None = None) -> int:
         return _die_of("SIGPIPE")
     except KeyboardInterrupt:
         return _die_of("SIGINT")
-    except MemoryError:
-        return _complain("out of memory; raise the limit", EXIT_SYSTEM)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        number, file = getattr(error, "errno", errno.ENOMEM), getattr(error, "filename", None)
         limits = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-        code = EXIT_SYSTEM if error.errno in limits else EXIT_IO
-        return _complain(visible(f"{error.filename or 'output'}: {error.strerror}"), code)
+        code = EXIT_SYSTEM if number in limits else EXIT_IO
+        return _complain(visible(f"{file or 'output'}: {os.strerror(number or 0)}"), code)
     except Exception:  # noqa: BLE001 - the one place where a bug of ours ends
-        import traceback
-
         traceback.print_exc()
-        versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}"
-        return _complain(f"this is a bug in bgtasks {__version__} ({versions}); please report", EXIT_BUG)
+        versions = (
+            f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}"
+        )
+        return _complain(
+            f"this is a bug in bgtasks {__version__} ({versions}); report it", EXIT_BUG
+        )
 
 
 def _complain(text: str, code: int) -> int:
@@ -3450,13 +3233,12 @@ def _complain(text: str, code: int) -> int:
 
 def _die_of(name: str) -> int:
     """End by the signal itself, so that whoever waits for us sees why."""
-    import signal
-
     number = getattr(signal, name)
     signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more may be written
     os.kill(os.getpid(), number)
-    return 128 + int(number)  # pragma: no cover (the signal was blocked)
+    return 128 + int(number)  # pragma: no cover (the process is gone)
 
 
 def _repair_streams() -> None:
@@ -3477,20 +3259,62 @@ def _repair_streams() -> None:
 def _main(argv: Sequence[str], clock: Clock) -> int:
     command, words, flags, arguments = split_arguments(argv)
     if "help" in flags:
-        print(HELP + option_help())
-        return EXIT_OK
+        return print_lines([HELP + option_help()])
     if "version" in flags:
-        print(f"bgtasks {__version__}")
-        return EXIT_OK
+        return print_lines([f"bgtasks {__version__}"])
     refuse_bad_tz(os.environ)
     settings = read_settings(arguments, __file__)
-    call = Invocation(command, tuple(words), flags, settings, clock)
-    if not command:
-        return status_command(call) if settings.status_only else wake_up_command(call)
-    return COMMANDS[command](call)
+    if not command and settings.status_only:
+        command = "status"
+    return COMMANDS[command][0](Invocation(command, words, flags, settings, clock))
 
 
-# -- the wake-up
+def print_lines(lines: Iterable[str]) -> int:
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    bad = tuple(f" {word} " for word in ("broken", "missing", *FAILURES, INTERRUPTED))
+    for line in lines:
+        red = colours and any(word in f"{line} " for word in bad)
+        print(f"\x1b[31m{line}\x1b[0m" if red else line)
+    return EXIT_OK
+
+
+def print_json(value: Any) -> int:
+    return print_lines([json.dumps(value, indent=2)])
+
+
+def screen_width() -> int | None:
+    """Return the columns of the terminal, or None if stdout is none."""
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return None
+
+
+def open_for_work(settings: Settings) -> Store:
+    """Open the store for a process that may start tasks, after all that must be refused."""
+    if os.environ.get("BGTASKS_RUN"):
+        raise BusyError("a task cannot wake bgtasks, nor run a task; give it a schedule instead")
+    refuse_wrong_user(settings.state_dir)
+    refuse_unsafe_folder(settings.tasks_dir)
+    store = open_store(settings.state_dir)
+    boot = boot_id() or __version__
+    if store.fact("boot") != boot:
+        store.close()
+        test_locks(settings.state_dir)
+        store.check_integrity()
+        store.put("fact", {"name": "boot", "value": boot}, "name")
+    return store
+
+
+def open_for_reading(settings: Settings) -> Store:
+    """Open the store for a look that changes nothing; an empty one if nothing was stored yet."""
+    path = os.path.join(settings.state_dir, "bgtasks.db")
+    if os.path.isdir(settings.state_dir) and not os.access(settings.state_dir, os.R_OK | os.X_OK):
+        raise RefusedError(f"{settings.state_dir}: belongs to somebody else; run it as that user")
+    return Store(path if os.path.lexists(path) else ":memory:", timeout=2.0)
+
+
+# -- commands
 
 
 def wake_up_command(call: Invocation) -> int:
@@ -3498,15 +3322,14 @@ def wake_up_command(call: Invocation) -> int:
     with closing(open_for_work(settings)) as store:
         runner = Runner(settings, store, clock, "cli", _teller(settings, clock))
         if settings.dry_run:
-            runner.read_folder()
-            for row in runner.due():
-                print(f"would start {row['name']}, due {iso(row['next_run_at'] or row['extra_at'])}")
-            return EXIT_OK
+            runner.look()
+            planned = ((row["name"], row["next_run_at"] or row["extra_at"]) for row in runner.queue)
+            return print_lines(f"would start {name}, due {iso(at)}" for name, at in planned)
         runner.wake_up()
         if settings.verbose:
-            if os.geteuid() == 0:
-                print("running as root, to whom the state belongs")
-            print_lines(status_lines(status(settings, store, clock), clock.now(), screen_width()))
+            lines = status_lines(status(settings, store, clock), clock.now(), screen_width())
+            root = ["running as root, to whom the state belongs"] if os.geteuid() == 0 else []
+            print_lines([*root, *lines])
     return _left(runner)
 
 
@@ -3519,105 +3342,33 @@ def _left(runner: Runner) -> int:
     return EXIT_OK
 
 
-def open_for_work(settings: Settings) -> Store:
-    """Open the store for a process that may start tasks, after all that must be refused."""
-    refuse_nested(os.environ)
-    refuse_wrong_user(settings.state_dir)
-    refuse_unsafe_folder(settings.tasks_dir)
-    store = open_store(settings.state_dir)
-    try:
-        boot = boot_id() or __version__
-        if store.fact("boot") != boot:
-            store.close()
-            test_locks(settings.state_dir)
-            store.check_integrity()
-            store.put("fact", {"name": "boot", "value": boot}, "name")
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
 def _teller(settings: Settings, clock: Clock) -> Tell:
     """Return what prints the events of a runner: all with `--verbose`, else only trouble."""
-    shown = ""  # the progress line that stands on the terminal
+    wiped = ""  # what takes a progress line off the terminal
 
     def tell(kind: str, facts: Mapping[str, Any]) -> None:
-        nonlocal shown
+        nonlocal wiped
+        passing = kind == "progress"
+        if passing and not (settings.verbose and sys.stdout.isatty()):
+            return
+        stamp = datetime.fromtimestamp(clock.now(), timezone.utc).astimezone().strftime("%H:%M:%S")
+        text = visible(f"{stamp} {event_line(kind, facts)}")
         if kind == "trouble":
-            print(f"bgtasks: {event_line(kind, facts)}", file=sys.stderr)
-        if not settings.verbose or kind == "trouble":
-            return
-        if kind == "progress" and not sys.stdout.isatty():
-            return
-        line = event_line(kind, {**facts, "now": clock.monotonic()})
-        stamp = datetime.fromtimestamp(clock.now()).strftime("%H:%M:%S")
-        text = visible(f"{stamp} {line}")
-        if kind == "progress":
-            print("\r" + text[: (screen_width() or 80) - 1].ljust(len(shown)), end="", flush=True)
-            shown = text
-            return
-        if shown:
-            print("\r" + " " * len(shown) + "\r", end="")
-            shown = ""
-        print(text, flush=True)
+            print(f"bgtasks: {facts['reason']}", file=sys.stderr)
+        elif settings.verbose:
+            text = shortened(text, (screen_width() or 80) - 1) if passing else text
+            print(wiped + text, end="" if passing else "\n", flush=True)
+            wiped = "\r" + " " * len(text) + "\r" if passing else ""
 
     return tell
 
 
-def screen_width() -> int | None:
-    """Return the columns of the terminal, or None if stdout is none."""
-    if not sys.stdout.isatty():
-        return None
-    try:
-        return os.get_terminal_size(1).columns or 80
-    except OSError:
-        return 80
-
-
-# -- commands
-
-
-def open_for_reading(settings: Settings) -> Store:
-    """Open the store for a look that changes nothing; an empty one if nothing was stored yet."""
-    path = os.path.join(settings.state_dir, "bgtasks.db")
-    if os.path.isdir(settings.state_dir) and not os.access(settings.state_dir, os.R_OK | os.X_OK):
-        raise RefusedError(f"{settings.state_dir}: belongs to somebody else; run it as that user")
-    return Store(path if os.path.exists(path) else ":memory:", timeout=2.0)
-
-
-def _print_json(value: Any) -> int:
-    import json
-
-    print(json.dumps(value, indent=2))
-    return EXIT_OK
-
-
-def print_lines(lines: Iterable[str]) -> int:
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    bad = tuple(f" {word} " for word in ("broken", "missing", *FAILURES, INTERRUPTED))
-    for line in lines:
-        red = colours and any(word in f"{line} " for word in bad)
-        print(f"\x1b[31m{line}\x1b[0m" if red else line)
-    return EXIT_OK
-
-
-def _usage(read: Callable[[], Any]) -> Any:
-    """Return what ``read`` returns; what it refuses is a wrong argument."""
-    try:
-        return read()
-    except (ValueError, TaskError) as error:
-        raise UsageError(str(error)) from None
-
-
-def _word(call: Invocation, what: str) -> str:
-    if len(call.words) != 1:
-        raise UsageError(f"{call.command} needs one {what}; see --help")
-    return call.words[0]
-
-
-def _count(call: Invocation, default: int) -> int:
-    return int(_usage(lambda: read_number(1, 1_000_000)(call.flags.get("count", str(default)))))
+def status_command(call: Invocation) -> int:
+    with closing(open_for_reading(call.settings)) as store:
+        found = status(call.settings, store, call.clock)
+    if "json" in call.flags:
+        return print_json(found)
+    return print_lines(status_lines(found, call.clock.now(), screen_width()))
 
 
 def _task_named(call: Invocation, store: Store, name: str) -> dict[str, Any]:
@@ -3629,43 +3380,35 @@ def _task_named(call: Invocation, store: Store, name: str) -> dict[str, Any]:
     return tasks[name]
 
 
-def status_command(call: Invocation) -> int:
-    with closing(open_for_reading(call.settings)) as store:
-        found = status(call.settings, store, call.clock)
-    if "json" in call.flags:
-        return _print_json(found)
-    return print_lines(status_lines(found, call.clock.now(), screen_width()))
-
-
 def show_command(call: Invocation) -> int:
     with closing(open_for_reading(call.settings)) as store:
-        task = _task_named(call, store, _word(call, "TASK"))
+        task = _task_named(call, store, call.word("TASK"))
     if "json" in call.flags:
-        return _print_json(task)
+        return print_json(task)
     shown = {key: value for key, value in task.items() if value not in (None, "")}
     return print_lines(f"{key:<22}{visible(str(value))}" for key, value in shown.items())
 
 
 def history_command(call: Invocation) -> int:
-    if len(call.words) > 1:
-        raise UsageError("history takes one TASK at most; see --help")
-    name = next(iter(call.words), None)
+    name = call.word("TASK at most") if call.words else None
     with closing(open_for_reading(call.settings)) as store:
         if name is not None and not store.task(name):
             _task_named(call, store, name)
-        runs = store.history(name, _count(call, 20))
+        runs = store.history(name, call.count(20))
     if "json" in call.flags:
-        return _print_json([run_row(run) for run in runs])
+        return print_json([run_row(run) for run in runs])
     return print_lines(history_lines(runs, call.clock.now(), screen_width()))
 
 
 def log_command(call: Invocation) -> int:
-    word = _word(call, "TASK or RUN")
+    word = call.word("TASK or RUN")
     with closing(open_for_reading(call.settings)) as store:
         if word.isascii() and word.isdigit() and len(word) < 19:
             run = store.run(int(word))
         else:
-            run = next(iter(store.history(word, 1)), None) or _task_named(call, store, word) and None
+            run = next(iter(store.history(word, 1)), None)
+            if not run:
+                _task_named(call, store, word)
     if not run:
         raise NoTaskError(f"there is no run of {shortened(word)!r}; see history")
     live = os.path.join(call.settings.state_dir, "runs", run["live"])
@@ -3674,93 +3417,99 @@ def log_command(call: Invocation) -> int:
 
 
 def _print_output(text: str) -> int:
-    return print_lines(visible(line.replace("\t", "    ")) for line in text.splitlines())
+    lines = text[:-1].split("\n") if text.endswith("\n") else text.split("\n")
+    return print_lines(visible(line.expandtabs()) for line in lines) if text else EXIT_OK
 
 
 def run_command(call: Invocation) -> int:
     """Run one task here and now; what it printed is shown when it has ended."""
-    name = _word(call, "TASK")
-    with closing(open_for_work(call.settings)) as store:
-        runner = Runner(call.settings, store, call.clock, "hand", _teller(call.settings, call.clock))
+    name, settings, clock = call.word("TASK"), call.settings, call.clock
+    with closing(open_for_work(settings)) as store:
+        runner = Runner(settings, store, clock, "hand", _teller(settings, clock))
         runner.read_folder()
         task = _task_named(call, store, name)
         if task["state"] not in ("active", "disabled"):
-            code = BusyError if task["state"] == "paused" else NoTaskError
-            raise code(f"{name}: {task['state']}: {task['reason']}")
+            error = BusyError if task["state"] == "paused" else NoTaskError
+            raise error(f"{name}: {task['state']}: {task['reason']}")
         run = runner.run_by_hand(name)
     if run is None:
         raise runner.trouble or BusyError(f"{name}: is running already; see status")
     _print_output(run["output"])
     about = joined(run["reason"], run["message"])
     print(visible(f"bgtasks: {name}: {run['outcome']}" + (about and f": {about}")), file=sys.stderr)
-    if run["outcome"] in (DONE, NOTHING, MORE, TIMED_OUT) or runner.stop_signal:
-        return EXIT_TIMED_OUT if run["outcome"] == TIMED_OUT else _left(runner)
+    if run["outcome"] in (DONE, NOTHING, MORE) or runner.stop_signal:
+        return _left(runner)
+    if run["outcome"] == TIMED_OUT:
+        return EXIT_TIMED_OUT
     return 128 - run["exit_code"] if (run["exit_code"] or 0) < 0 else EXIT_FAILED
 
 
 def next_command(call: Invocation) -> int:
     """Print the next moments of a task, or of an expression."""
-    word, settings, now = _word(call, "TASK or EXPRESSION"), call.settings, call.clock.now()
-    zone_name, text, anchor = call.flags.get("timezone", settings.timezone), word, None
+    word, settings, now = call.word("TASK or EXPRESSION"), call.settings, call.clock.now()
+    zone_name, text, anchor = call.flags.get("timezone", ""), word, None
     with closing(open_for_reading(settings)) as store:
         tasks = {row["name"]: row for row in task_rows(settings, store, now)}
         row = store.task(word)
     if word in tasks:
         if tasks[word]["state"] == "broken":
             raise NoTaskError(f"{word}: broken: {tasks[word]['reason']}")
-        values = (task_from(row) if row else read_task(settings, Task(word, ""))).settings
-        text, anchor = values["schedule"], row["anchor_at"] if row else None
-        zone_name = call.flags.get("timezone") or values["timezone"] or settings.timezone
-    zone = _usage(lambda: Zone(zone_name))
+        task = task_from(row) if row else _read_by_name(settings, word)
+        text, anchor = task.settings["schedule"], row["anchor_at"] if row else None
+        zone_name = zone_name or task.settings["timezone"]
+    zone = _usage(lambda: Zone(zone_name or settings.timezone))
     start = now
     if "from" in call.flags:
         start = _usage(lambda: read_moment(call.flags["from"], zone, 0.0))
     spread = f"{settings.node}/{word}"
     schedule = _usage(lambda: parse_schedule(text, zone, 0.0, spread))
-    if anchor is None:
-        anchor = schedule.anchor_for(start)
+    anchor = schedule.anchor_for(start) if anchor is None else anchor
     schedule = parse_schedule(text, zone, anchor, spread)
     moments: list[float] = []
-    while len(moments) < _count(call, 5):
+    while len(moments) < call.count(5):
         moment = schedule.next_after(moments[-1] if moments else start)
         if moment is None:
             break
         moments.append(moment)
     shown = [str(iso(moment, zone.tzinfo)) for moment in moments]
     if "json" in call.flags:
-        return _print_json(shown)
+        return print_json(shown)
     return print_lines(shown or [f"never by itself: {schedule.text}"])
+
+
+def _read_by_name(settings: Settings, name: str) -> Task:
+    """Return a task that no wake-up has seen yet."""
+    return next(task for task in discover(settings, {})[0] if task.name == name)
 
 
 def lint_command(call: Invocation) -> int:
     """Check the files of tasks.d, or one file anywhere; 1 if one is broken."""
     settings = call.settings
     if call.words:
-        folder, file = os.path.split(os.path.abspath(_word(call, "FILE")))
-        settings = settings._replace(values={**settings.values, "tasks_dir": folder})
-        files = {file: ignored_because(file)}
-        if not os.path.exists(os.path.join(folder, file)):
+        folder, only = os.path.split(os.path.abspath(call.word("FILE")))
+        if not os.path.exists(os.path.join(folder, only)):
             raise NoTaskError(f"there is no file {shortened(call.words[0])!r}")
+        settings = settings._replace(values={**settings.values, "tasks_dir": folder})
+        name = os.path.splitext(only)[0]
+        reason = ignored_because(only)
+        tasks = [] if reason else [read_task(settings, Task(name, only))]
+        ignored = {only: reason} if reason else {}
     else:
         refuse_unsafe_folder(settings.tasks_dir)
-        found, ignored = scan(settings.tasks_dir)
-        scripts = {named_script(settings.tasks_dir, file) for file in found}
-        files = {**{file: "" for file in found if file not in scripts}, **ignored}
-    broken = 0
-    for file, reason in sorted(files.items()):
-        task = read_task(settings, Task(os.path.splitext(file)[0], file))
-        notes = [] if task.error or reason else schedule_notes(task.settings["schedule"])
-        broken += bool(task.error) and not reason
-        text = f"ignored: {reason}" if reason else task.error and f"broken: {task.error}" or "ok"
-        print_lines([f"{visible(file)}: {text}", *(f"{visible(file)}: note: {n}" for n in notes)])
-    return EXIT_FAILED if broken else EXIT_OK
+        tasks, _, ignored = discover(settings, {})
+    lines = [f"{file}: ignored: {reason}" for file, reason in ignored.items()]
+    for task in tasks:
+        lines.append(f"{task.file}: " + (f"broken: {task.error}" if task.error else "ok"))
+        notes = [] if task.error else schedule_notes(task.settings["schedule"])
+        lines += [f"{task.file}: note: {note}" for note in notes]
+    print_lines(visible(line) for line in sorted(lines))
+    return EXIT_FAILED if any(task.error for task in tasks) else EXIT_OK
 
 
 def pause_command(call: Invocation) -> int:
     seconds = _usage(lambda: read_duration(call.flags["for"])) if "for" in call.flags else None
-    now = call.clock.now()
+    now, note = call.clock.now(), shortened(call.flags.get("note", ""), 200)
     until = None if seconds is None else now + seconds
-    note = shortened(call.flags.get("note", ""), 200)
     return _for_tasks(call, lambda store, name, by: store.pause(name, by, now, until, note))
 
 
@@ -3774,25 +3523,27 @@ def _for_tasks(call: Invocation, do: Callable[[Store, str, str], None]) -> int:
     if bool(call.words) == ("all" in call.flags):
         raise UsageError(f"{call.command} needs one TASK, or --all; see --help")
     with closing(open_for_work(call.settings)) as store:
-        Runner(call.settings, store, call.clock, "hand", lambda *_: None).read_folder()
+        teller = _teller(call.settings, call.clock)
+        Runner(call.settings, store, call.clock, "hand", teller).read_folder()
         names = [row["name"] for row in store.tasks()]
         if call.words:
-            names = [_task_named(call, store, _word(call, "TASK"))["name"]]
+            names = [_task_named(call, store, call.word("TASK"))["name"]]
         for name in names:
             do(store, name, user_name(os.geteuid()))
     return EXIT_OK
 
 
-COMMANDS: Mapping[str, Callable[[Invocation], int]] = {
-    "status": status_command,
-    "show": show_command,
-    "history": history_command,
-    "log": log_command,
-    "run": run_command,
-    "next": next_command,
-    "lint": lint_command,
-    "pause": pause_command,
-    "resume": resume_command,
+COMMANDS: Mapping[str, tuple[Callable[[Invocation], int], tuple[str, ...]]] = {
+    "": (wake_up_command, ()),
+    "status": (status_command, ("json",)),
+    "show": (show_command, ("json",)),
+    "history": (history_command, ("count", "json")),
+    "log": (log_command, ()),
+    "run": (run_command, ()),
+    "next": (next_command, ("from", "count", "timezone", "json")),
+    "lint": (lint_command, ()),
+    "pause": (pause_command, ("all", "for", "note")),
+    "resume": (resume_command, ("all",)),
 }
 
 

@@ -40,7 +40,9 @@ class FakeClock(bgtasks.Clock):
 
 def settings_block(**settings):
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    return "\n".join(["# /// script", "# [tool.bgtasks]", *(f"# {line}" for line in lines), "# ///"])
+    return "\n".join(
+        ["# /// script", "# [tool.bgtasks]", *(f"# {line}" for line in lines), "# ///"]
+    )
 
 
 class Site:
@@ -122,7 +124,9 @@ class Site:
         """Let the next slot of these tasks (or of all) be a minute ago."""
         names = tasks or [row["name"] for row in self.rows("SELECT name FROM task")]
         for name in names:
-            self.change("UPDATE task SET next_run_at = ? WHERE name = ?", int(time.time()) - 60, name)
+            self.change(
+                "UPDATE task SET next_run_at = ? WHERE name = ?", int(time.time()) - 60, name
+            )
 
 
 @pytest.fixture

@@ -594,7 +594,8 @@ def walk(zone: Zone, rule: Rule, moment: int) -> int:
     """Return the first moment of ``rule`` after ``moment``, by the rule of Debian's cron(8).
 
     In real time, every matching reading counts. A fixed time that a gap skipped comes right after
-    it; in a fold it comes once. Readings are in order only between two changes of the clock."""
+    it; in a fold it comes once. Readings are in order only between two changes of the clock.
+    """
     local = zone.local(moment)
     if local.fold and not rule.realtime:
         first = int(zone.moments(local)[0])
@@ -627,7 +628,8 @@ class Schedule(NamedTuple):
         """Return the first planned moment after ``moment``, None if there is none.
 
         Fixed times up to ``started``, the last slot that was started, do not come again when the
-        clock was set back behind it; by more than three hours it was corrected, see cron(8)."""
+        clock was set back behind it; by more than three hours it was corrected, see cron(8).
+        """
         held = moment if started is None or started - moment > _CORRECTION else max(moment, started)
         periods = [self.anchor + ((moment - self.anchor) // p + 1) * p for p in self.periods]
         rules = [walk(self.zone, r, int((moment if r.realtime else held) // 1)) for r in self.rules]
@@ -648,7 +650,8 @@ def parse_schedule(
 ) -> Schedule:
     """Return the schedule: the earliest of several texts; ``spread`` seeds `H`.
 
-    Raises TaskError, or MissingPackageError for a cron expression without croniter."""
+    Raises TaskError, or MissingPackageError for a cron expression without croniter.
+    """
     texts = _texts(text)
     periods: list[int] = []
     rules: list[Rule] = []
@@ -657,7 +660,7 @@ def parse_schedule(
             period, texts[i] = _period(part.lower())
             periods.append(period)
         elif part.lower() not in ("always", "manual"):
-            rules.append(_rule(part.lower(), spread))
+            rules.append(_rule(part.lower(), spread.encode(errors="replace")))
     always = any(part.lower() == "always" for part in texts)
     return Schedule(", ".join(texts), zone, always, tuple(periods), tuple(rules), anchor)
 
@@ -698,13 +701,13 @@ def _period(text: str) -> tuple[int, str]:
     return number * _UNITS[unit], f"every {number} {unit}"
 
 
-def _rule(text: str, spread: str) -> Rule:
+def _rule(text: str, seed: bytes) -> Rule:
     if text.startswith("@") and text not in _ALIASES:
         raise TaskError(f"schedule: {shortened(text)!r}; allowed are {', '.join(_ALIASES)}")
     word, _, times = _ALIASES.get(text, text).partition(" ")
     names = {"daily": "sun-sat", "weekdays": "mon-fri", "weekends": "sat-sun"}.get(word, word)
     if ":" not in times and names == word:
-        return Rule(_cron(f"{word} {times}", spread), realtime="*" in (word[0], times[:1]))
+        return Rule(_cron(f"{word} {times}", seed), realtime="*" in (word[0], times[:1]))
     if not set(names.replace("-", ",").split(",")) <= set(_FIELDS[4].names.split()):
         raise _FIELDS[4].refused(word)
     days = {day % 7 for name in names.split(",") for day in _FIELDS[4].span(name)}
@@ -777,7 +780,7 @@ _FIELDS = (
 )
 
 
-def _cron(text: str, spread: str) -> Callable[[int], int]:
+def _cron(text: str, seed: bytes) -> Callable[[int], int]:
     words = text.split()
     if len(words) != len(_FIELDS):
         raise TaskError(f"schedule: {shortened(text)!r} has not 5 fields; {_ALLOWED}")
@@ -793,7 +796,7 @@ def _cron(text: str, spread: str) -> Callable[[int], int]:
     try:
         from croniter import croniter
 
-        crons = [croniter(f"{minute} {hour} {d}", 0, day_or=False, hash_id=spread) for d in dates]
+        crons = [croniter(f"{minute} {hour} {d}", 0, day_or=False, hash_id=seed) for d in dates]
         for cron in crons:
             cron.get_next(float)
     except ImportError:
@@ -1193,7 +1196,7 @@ def _checked(raw: Mapping[str, Any], task: Task, settings: Settings) -> dict[str
     except MissingPackageError:
         raise
     except TaskError as error:
-        raise TaskError(f"{task.file}: schedule: {error}") from None
+        raise TaskError(f"{task.file}: {error}") from None
     return values
 
 
@@ -2821,7 +2824,7 @@ class Runner:
         return run
 
     def _claim(self, task: Task, row: Row) -> dict[str, Any]:
-        """Return what to claim: the slot that is due, else an extra start, else one with neither."""
+        """Return what to claim: the slot that is due, an extra start, or one with neither."""
         now = self.clock.now()
         by_hand = self.trigger == "hand"
         slot, extra = (

@@ -237,27 +237,40 @@ def refuse_unsafe_parents(path: str) -> None:
         folder = os.path.dirname(folder)
 
 
+def read_safe(path: str, what: str, at_most: int) -> tuple[bytes, os.stat_result]:
+    """Return the content of a plain file that nobody else could have written, and its `stat`.
+
+    The check is made on the descriptor that is read, so nobody can swap the file in between.
+    Raises RefusedError, OSError, or ValueError if it is no plain file."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("is no plain file")
+        refuse_unsafe(info, path, what)
+        refuse_unsafe_parents(os.path.realpath(path))
+        return os.read(fd, at_most), info
+    finally:
+        os.close(fd)
+
+
 def read_param_file(path: str, is_secret: Callable[[str], bool]) -> list[Param]:
     """Return the lines of a param file. Raises ConfigError, or RefusedError if it is not safe."""
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        content, info = read_safe(path, "param file", PARAM_FILE_BYTES)
     except PermissionError:
         raise RefusedError(f"{path}: you may not read it; run it as its owner") from None
     except (OSError, ValueError) as error:
         what = getattr(error, "strerror", None) or str(error)
         way_out = "copy cron.params.distrib there, or name another with --param_file"
-        raise ConfigError(f"{shortened(path, 400)}: cannot be read ({what}); {way_out}") from None
-    with open(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > PARAM_FILE_BYTES:
-            raise ConfigError(f"{path}: is no plain file of at most 1 MiB; name another")
-        refuse_unsafe(info, path, "param file")
-        refuse_unsafe_parents(os.path.realpath(path))
-        params = parse_params(file.read(PARAM_FILE_BYTES), path)
-    others = sys.platform != "win32" and info.st_mode & 0o077
-    for param in params:
-        if others and param.value and is_secret(param.key):
-            raise RefusedError(f"{param.where}: others can read {param.key}; chmod 600 {path}")
+        raise ConfigError(f"{path}: cannot be read ({what}); {way_out}") from None
+    if len(content) == PARAM_FILE_BYTES:
+        raise ConfigError(f"{path}: is larger than 1 MiB; name another with --param_file")
+    params = parse_params(content, path)
+    if sys.platform != "win32" and info.st_mode & 0o077:
+        for param in params:
+            if param.value and is_secret(param.key):
+                raise RefusedError(f"{param.where}: others can read {param.key}; chmod 600 {path}")
     return params
 
 
@@ -434,7 +447,8 @@ def read_settings(arguments: Mapping[str, str], script: str) -> Settings:
     Relative paths lie beside the first param file, or beside ``script`` if there is none. Raises
     ConfigError with file and line, or RefusedError."""
     home = os.path.dirname(os.path.realpath(script))
-    files = [os.path.abspath(file) for file in read_names(arguments.get("param_file", ""))]
+    named = arguments.get("param_file", "").split(",")
+    files = [os.path.abspath(file.strip()) for file in named if file.strip()]
     if "param_file" in arguments and not files:
         raise ConfigError("--param_file: names no file; give --param_file=PATH")
     default = os.path.join(home, "cron.params")
@@ -483,7 +497,8 @@ def _read_values(
                 raise ConfigError(f"{param.where}: {param.key}{shown} {error}") from None
     for option in OPTIONS:
         if option.key not in values:
-            values[option.key] = option.read(option.default) if option.default else ""
+            empty = () if option.read is read_names else ""
+            values[option.key] = option.read(option.default) if option.default else empty
     return values, overrides
 
 
@@ -1062,7 +1077,9 @@ def _read_task(settings: Settings, task: Task) -> Task:
     command, script = raw.pop("command", None), raw.pop("script", None)
     values = _checked(raw, task, settings)
     try:
-        if command is not None and script is None and read_words(command):
+        if (command is None) == (script is None) or command == []:
+            raise ValueError
+        if command is not None:
             return task._replace(argv=tuple(read_words(command)), settings=values)
         path = os.path.join(settings.tasks_dir, os.path.basename(str(read_text(script))))
     except ValueError:
@@ -1073,19 +1090,11 @@ def _read_task(settings: Settings, task: Task) -> Task:
 
 
 def read_checked(path: str) -> bytes:
-    """Return the content of a task file whose owner and permissions passed the check.
-
-    The check is made on the descriptor that is read, so nobody can swap the file in between.
-    Raises RefusedError if somebody else could have written it, TaskError if it is no plain file."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(fd, "rb") as file:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise TaskError(f"{os.path.basename(path)}: is not a plain file")
-        refuse_unsafe(info, path, "task")
-        if os.path.islink(path):
-            refuse_unsafe_parents(os.path.realpath(path))
-        return file.read(READ_AT_MOST)
+    """Return the content of a task file. Raises RefusedError, TaskError or OSError."""
+    try:
+        return read_safe(path, "task", READ_AT_MOST)[0]
+    except ValueError as error:
+        raise TaskError(f"{os.path.basename(path)}: {error}") from None
 
 
 def read_raw(path: str) -> tuple[dict[str, Any], bytes]:
@@ -1106,6 +1115,7 @@ def _settings_block(content: bytes, file: str) -> tuple[int, bytes]:
 
     https://packaging.python.org/en/latest/specifications/inline-script-metadata/"""
     first, block, closed = 0, list[bytes](), True
+    rule = "the block '# /// script' ends with '# ///', and every line in it begins with '# '"
     for number, line in enumerate(content.replace(b"\r\n", b"\n").split(b"\n"), start=1):
         if line == b"# /// script":
             if first:
@@ -1114,11 +1124,10 @@ def _settings_block(content: bytes, file: str) -> tuple[int, bytes]:
         elif not closed:
             closed = line == b"# ///"
             if line != b"#" and not line.startswith(b"# "):
-                raise TaskError(f"{file}:{number}: inside '# /// script' a line begins with '# '")
-            if not closed:
-                block.append(line[2:])
+                raise TaskError(f"{file}:{number}: {rule}")
+            block += [] if closed else [line[2:]]
     if not closed:
-        raise TaskError(f"{file}:{first}: the block '# /// script' has no end; add a line '# ///'")
+        raise TaskError(f"{file}:{first}: {rule}")
     return first, b"\n".join(block)
 
 
@@ -1139,8 +1148,9 @@ def _parse_toml(text: bytes, file: str, offset: int) -> dict[str, Any]:
         line = offset + 1 + text.count(b"\n", 0, error.start)
         raise TaskError(f"{file}:{line}: settings must be UTF-8") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        what, _, place = str(error).partition(" (at line ")
-        line = offset + int(place.partition(",")[0] or 1)
+        what, _, place = str(error).partition(" (at ")
+        number = place.partition(",")[0].replace("line ", "")
+        line = offset + (int(number) if number.isdigit() else text.count(b"\n") + 1)
         raise TaskError(f"{file}:{line}: {what}") from None
 
 

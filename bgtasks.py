@@ -1453,7 +1453,8 @@ class Store:
             raise DataError(f"{self.path}: belongs to another program; move it or set state_dir")
         if version > len(MIGRATIONS):
             raise DataError(f"{self.path}: was written by a newer bgtasks; update bgtasks.py")
-        if not tables and os.path.isdir(self.path[: -len("bgtasks.db")] + "runs"):
+        runs = os.path.join(os.path.dirname(self.path), "runs")
+        if not tables and self.path != ":memory:" and os.path.isdir(runs):
             raise DataError(f"{self.path}: is empty, but was not before; restore it from a backup")
         return version
 
@@ -1462,7 +1463,7 @@ class Store:
         text = str(error)
         if "locked" in text or "busy" in text:
             return BusyError(f"{self.path}: in use by another program for too long; try again")
-        if any(word in text for word in ("not a database", "malformed", "corrupt")):
+        if any(word in text for word in ("not a database", "image is malformed", "corrupt")):
             return DataError(f"{self.path}: is damaged ({text}); restore it from a backup")
         if not self._is_in_place():
             return StorageError(f"{self.path}: was taken away while in use; put it back")

@@ -38,8 +38,14 @@ class FakeClock(bgtasks.Clock):
         self.ticks += seconds
 
 
+def toml(value):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
 def settings_block(**settings):
-    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    lines = [f"{key} = {toml(value)}" for key, value in settings.items()]
     return "\n".join(
         ["# /// script", "# [tool.bgtasks]", *(f"# {line}" for line in lines), "# ///"]
     )

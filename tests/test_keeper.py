@@ -1,0 +1,549 @@
+"""One run, from its start to its end, by real processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+
+import bgtasks
+
+
+def run(site, *args, **options):
+    """Run the task `a` by hand, and return its row in the history."""
+    site.run("run", "a", *args, **options)
+    return site.last("a")
+
+
+def python(site, body, **settings):
+    site.python("a", body, schedule="manual", **settings)
+    return run(site)
+
+
+def shell(site, body, **settings):
+    site.shell("a", body, schedule="manual", **settings)
+    return run(site)
+
+
+# -- the contract
+
+
+def test_a_python_task_learns_all_there_is_to_know(site):
+    site.params.write_text("node = here\ncron_sleep = 7\n")
+    python(
+        site,
+        """
+        import json
+        print(json.dumps({
+            "name": task.name, "run": task.run, "node": task.node, "maximum": task.maximum,
+            "options": task.options, "settings": task.settings, "state_dir": task.state_dir,
+            "left": task.time_left, "deadline": task.deadline, "slot": task.slot,
+            "success": task.last_success, "stop": task.should_stop, "state": task.state,
+        }))
+        """,
+        options={"keep": 7},
+        settings=["cron_sleep"],
+        maximum=5,
+        deadline=100,
+    )
+    found = json.loads(site.log("a"))
+    assert (found["name"], found["run"], found["node"], found["maximum"]) == ("a", 1, "here", 5)
+    assert (found["options"], found["settings"]) == ({"keep": 7}, {"cron_sleep": 7})
+    assert found["state_dir"] == str(site.state)
+    assert 95 < found["left"] <= 100
+    assert 95 < found["deadline"] - time.time() < 101
+    assert abs(found["slot"] - time.time()) < 30
+    assert (found["success"], found["stop"], found["state"]) == (None, False, {})
+
+
+ENVIRONMENT = (
+    "TASK",
+    "RUN",
+    "NODE",
+    "MAXIMUM",
+    "OPTION_KEEP",
+    "OPTION_ON",
+    "OPTION_LIST",
+    "STATE_DIR",
+)
+
+
+def test_a_program_learns_the_same_from_its_environment(site):
+    options = {"keep": 7, "on": True, "list": [1], "api_key": "sesame"}
+    body = "env | grep ^BGTASKS_ | sort; echo; cat $BGTASKS_INPUT"
+    shell(site, body, options=options, settings=["node"], maximum=5, env={"EXTRA": "x"})
+    text, given = site.log("a").split("\n\n")
+    found = dict(line[len("BGTASKS_") :].split("=", 1) for line in text.splitlines())
+    wanted = ["a", "1", "here", "5", "7", "true", "[1]", str(site.state)]
+    assert [found[name] for name in ENVIRONMENT] == wanted
+    assert found["LAST_SUCCESS"] == ""
+    assert 0 < int(found["DEADLINE"]) - time.time() <= 600
+    assert "sesame" not in text
+    given = json.loads(given)
+    assert given["options"] == options
+    assert given["settings"] == {"node": "here"}
+    run(site)
+    assert int(site.log("a").split("BGTASKS_LAST_SUCCESS=")[1].split()[0]) <= time.time()
+
+
+def test_the_environment_is_built_new(site):
+    hostile = {
+        "PYTHONPATH": "/evil",
+        "LD_LIBRARY_PATH": "/evil",
+        "BASH_ENV": "/evil",
+        "LC_ALL": "C",
+    }
+    site.shell("a", "env", schedule="manual", env={"EXTRA": "x"})
+    run(site, env=hostile)
+    names = {line.split("=")[0] for line in site.log("a").splitlines()}
+    assert not names & {"PYTHONPATH", "LD_LIBRARY_PATH", "BASH_ENV"}
+    assert {"PATH", "LC_ALL", "EXTRA"} <= names
+
+
+REPORT = """
+volume=3
+progress=1/2
+volume=12
+message=all well
+result=nothing
+state={"cursor": 5}
+"""
+
+
+@pytest.mark.parametrize("language", ["sh", "perl", "python"])
+def test_what_a_task_reports(site, language):
+    if language == "sh":
+        found = shell(site, f"cat >>$BGTASKS_REPORT <<'X'\n{REPORT}\nX")
+    elif language == "perl":
+        block = "# /// script\n# [tool.bgtasks]\n# schedule = 'manual'\n# ///\n"
+        body = "open(R, '>>', $ENV{BGTASKS_REPORT}); print R <<'X';\n" + REPORT + "X\nclose R;\n"
+        site.write("a.pl", f"#!/usr/bin/env perl\n{block}{body}", 0o644)
+        found = run(site)
+    else:
+        body = """
+        task.progress(1, 2)
+        task.add_volume(3)
+        task.add_volume(9)
+        task.message = "all well"
+        task.state["cursor"] = 5
+        return task.NOTHING
+        """
+        found = python(site, body)
+    assert (found["volume"], found["message"], found["outcome"]) == (12, "all well", "nothing")
+    assert site.rows("SELECT state FROM task")[0]["state"] == '{"cursor": 5}'
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("volum=3", "must begin with volume"),
+        ("volume=many", "whole number"),
+        ("result=odd", "done, nothing or more"),
+        ("state=5", "JSON object"),
+        ("state={", "report"),
+        ("gibberish", "gibberish"),
+        ("next_run=soon", "ISO 8601"),
+        ("next_run=5", "not in the future"),
+        ("next_run=99999999999999", "not in the future"),
+    ],
+)
+def test_a_bad_report_line_is_complained_of_and_changes_nothing(site, line, words):
+    found = shell(site, f"echo '{line}' >>$BGTASKS_REPORT")
+    assert found["outcome"] == "done"
+    assert words in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("$(($(date +%s) + 500))", 500), ("$(date -u -d '+500 sec' +%FT%TZ)", 500)],
+)
+def test_a_task_may_say_when_it_wants_to_run_next(site, text, seconds):
+    site.shell("a", f'echo "next_run={text}" >>$BGTASKS_REPORT')
+    site.wake()
+    due = site.rows("SELECT next_run_at FROM task")[0]["next_run_at"]
+    assert abs(due - time.time() - seconds) < 20
+
+
+def test_a_python_task_may_give_a_local_time(site):
+    body = """
+    import datetime
+    task.next_run = datetime.datetime.now().replace(microsecond=0) + datetime.timedelta(hours=2)
+    """
+    python(site, body)
+    due = site.rows("SELECT next_run_at FROM task")[0]["next_run_at"]
+    assert abs(due - time.time() - 7200) < 20
+
+
+def test_the_last_state_counts_however_the_run_ends(site):
+    found = python(site, "task.state['n'] = 1\nraise ValueError('no')")
+    assert (found["outcome"], found["reason"]) == ("failed", "ValueError: no")
+    assert site.rows("SELECT state FROM task")[0]["state"] == '{"n": 1}'
+    site.python("a", "print(task.state)\ntask.state['n'] = {1}", schedule="manual")
+    assert "state=Object of type set" in run(site)["reason"]
+    assert site.log("a") == "{'n': 1}\n"
+
+
+def test_each_ends_by_itself_at_the_deadline_and_goes_on_with_its_state(site):
+    body = """
+    import itertools, time
+    for i in task.each(itertools.count(task.state.get("n", 0))):
+        task.state["n"] = i
+        task.progress(i)
+        time.sleep(0.3)
+    """
+    found = python(site, body, deadline=2)
+    assert found["outcome"] == "more"
+    assert json.loads(site.rows("SELECT state FROM task")[0]["state"])["n"] >= 3
+
+
+def test_each_keeps_to_the_maximum(site):
+    body = "for x in task.each(range(10)):\n    task.add_volume()\nreturn 'ok'"
+    found = python(site, body, maximum=4)
+    assert (found["volume"], found["outcome"], found["message"]) == (4, "done", "ok")
+
+
+# -- how it ends
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome", "code", "reason"),
+    [
+        ("pass", "done", 0, ""),
+        ("return task.MORE", "more", 0, ""),
+        ("return task.NOTHING", "nothing", 0, ""),
+        ("raise SystemExit", "done", 0, ""),
+        ("raise SystemExit('text')", "failed", 1, "text"),
+        ("raise SystemExit(256)", "failed", 256, "exit code 256"),
+        ("raise KeyboardInterrupt", "failed", 1, "KeyboardInterrupt: "),
+        ("1/0", "failed", 1, "ZeroDivisionError: division by zero"),
+        ("import os; os._exit(0)", "failed", 0, "ended without reporting (os._exit)"),
+        ("import os; os._exit(3)", "failed", 3, "exit code 3"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "failed",
+            -9,
+            "ended by SIGKILL (maybe out of memory)",
+        ),
+        ("import os; os.kill(os.getpid(), 40)", "failed", -40, "ended by signal 40"),
+        ("import faulthandler; faulthandler._sigsegv()", "failed", -11, "ended by SIGSEGV"),
+        (
+            "class E(Exception):\n  def __str__(self): 1/0\nraise E",
+            "failed",
+            1,
+            "E: <unprintable E>",
+        ),
+    ],
+)
+def test_how_a_python_task_ends(site, body, outcome, code, reason):
+    found = python(site, body)
+    assert (found["outcome"], found["exit_code"], found["reason"]) == (outcome, code, reason)
+
+
+def test_what_run_returns_is_the_message_unless_there_is_one(site):
+    assert python(site, "return {1: 2}")["message"] == "{1: 2}"
+    assert python(site, "task.message = 'mine'\nreturn 'other'")["message"] == "mine"
+
+
+def test_a_failed_python_task_shows_its_trace_with_the_line(site):
+    python(site, "x = 5\nraise ValueError(x)")
+    assert f'File "{site.tasks / "a.py"}", line 7, in run\n    raise ValueError(x)' in site.log("a")
+
+
+def test_threads_are_waited_for(site):
+    body = """
+    import threading, time
+    threading.Thread(target=lambda: (time.sleep(0.3), print("late"))).start()
+    """
+    python(site, body)
+    assert site.log("a") == "late\n"
+
+
+def test_a_python_task_can_import_what_lies_beside_it_but_hides_nothing(site):
+    site.write("_common.py", "VALUE = 42\n")
+    site.write("json.py", "raise ImportError('hijacked')\n")
+    found = python(site, "import _common, json\nreturn str(_common.VALUE)")
+    assert found["message"] == "42"
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome", "code", "reason"),
+    [
+        ("exit 0", "done", 0, ""),
+        ("exit 3", "failed", 3, "exit code 3"),
+        ("kill -SEGV $$", "failed", -11, "ended by SIGSEGV"),
+        ("echo result=more >>$BGTASKS_REPORT; exit 1", "failed", 1, "exit code 1"),
+    ],
+)
+def test_how_a_program_ends(site, body, outcome, code, reason):
+    found = shell(site, body)
+    assert (found["outcome"], found["exit_code"], found["reason"]) == (outcome, code, reason)
+
+
+def test_a_program_that_cannot_be_started_says_why(site):
+    site.write("a.toml", 'schedule = "manual"\ncommand = ["no-such-program"]\n')
+    found = run(site)
+    assert found["outcome"] == "failed"
+    assert found["reason"] == "could not start no-such-program: No such file or directory"
+
+
+def test_a_program_that_became_unsafe_is_not_started(site):
+    folder = site.folder / "else"
+    folder.mkdir()
+    path = site.shell("a", "echo ran")
+    path.rename(folder / "a.sh")
+    path.symlink_to(folder / "a.sh")
+    site.wake()
+    folder.chmod(0o777)  # what `stat` says of the file is the same
+    assert "unsafe" in run(site)["reason"]
+
+
+# -- what hangs, leaves things behind or is killed
+
+
+HANGS = {
+    "ignores_term": ("sh", "trap '' TERM; while :; do sleep 1; done", 12),
+    "hangs_in_c": ("py", "import hashlib\nhashlib.pbkdf2_hmac('sha512', b'x', b'y', 10**9)", 12),
+    "stops_itself": ("sh", "kill -STOP $$", 2),
+    "sleeps": ("py", "import time\ntime.sleep(99)", 2),
+    "grandchild": ("sh", "sleep 99 & sleep 99", 2),
+}
+
+
+def test_what_hangs_is_ended_on_time_and_everything_else_runs_meanwhile(site):
+    for name, (language, body, _) in HANGS.items():
+        write = site.shell if language == "sh" else site.python
+        write(name, body, schedule="every 1 d", order=1, deadline=1, timeout=2)
+    for i in range(5):
+        site.shell(f"other{i}", "exit 0", schedule="every 1 d")
+    started = time.time()
+    done = site.wake()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert time.time() - started < 40
+    for name, (_, _, seconds) in HANGS.items():
+        found = site.rows("SELECT * FROM run WHERE task = ?", name)[0]
+        took = found["ended_at"] - found["started_at"]
+        assert found["outcome"] == "timed_out", name
+        assert seconds - 0.5 < took < seconds + 8, (name, took)
+    hung_until = min(
+        row["ended_at"] for row in site.rows("SELECT * FROM run WHERE task = 'ignores_term'")
+    )
+    for i in range(5):
+        found = site.rows("SELECT * FROM run WHERE task = ?", f"other{i}")[0]
+        assert found["outcome"] == "done"
+        assert found["started_at"] < hung_until + 8
+    assert f'File "{site.tasks / "sleeps.py"}", line 10 in run' in site.log("sleeps")
+
+
+def test_a_timed_out_python_task_cleans_up(site):
+    python(site, "import time\ntry:\n    time.sleep(99)\nfinally:\n    print('clean')", timeout=1)
+    assert "clean" in site.log("a")
+    assert site.last("a")["outcome"] == "timed_out"
+
+
+def test_a_daemon_in_its_group_is_ended_and_named(site):
+    started = time.time()
+    found = shell(site, "sleep 77 & echo started")
+    assert time.time() - started < 8
+    assert found["outcome"] == "done"
+    assert "left behind: " in found["reason"]
+    assert "(sleep)" in found["reason"]
+
+
+def test_a_daemon_that_left_its_group_keeps_no_run_open(site):
+    found = shell(site, "setsid sleep 3 & sleep 0.3")
+    assert found["outcome"] == "done"
+    assert "session of its own" in found["reason"]
+    assert site.status("a")["running"] is False
+    assert run(site)["outcome"] == "done"
+
+
+def test_much_output_is_kept_head_and_tail_and_the_disk_is_spared(site):
+    body = "echo begin; yes 0123456789 | head -c 50000000; echo; echo end"
+    found = shell(site, body, output_limit="1 MiB")
+    text = site.log("a")
+    assert found["outcome"] == "done"
+    assert len(text) < 100_000
+    assert text.startswith("begin\n")
+    assert text.endswith("end\n")
+    assert "bytes cut ...]" in text
+
+
+def test_binary_output_is_stored_and_shown_escaped(site):
+    shell(site, r"printf 'a\000b\377c\033[2J\n\tx'")
+    assert site.log("a") == "a\\x00b\\xffc\\x1b[2J\n        x\n"
+
+
+def test_secrets_are_masked_in_all_that_is_kept(site):
+    site.params.write_text("node = here\nauth_pwd = sesame-open\n")
+    site.params.chmod(0o600)
+    body = "echo sesame-open; echo message=sesame-open >>$BGTASKS_REPORT"
+    found = shell(site, body)
+    assert (site.log("a"), found["message"]) == ("***\n", "***")
+    assert b"sesame-open" not in (site.state / "bgtasks.db").read_bytes()
+    (site.tasks / "a.sh").unlink()
+    assert python(site, "raise ValueError('sesame-open')")["reason"] == "ValueError: ***"
+
+
+def test_limits_and_a_task_inherits_nothing(site):
+    body = """
+    import os, resource, sys
+    print(os.nice(0), resource.getrlimit(resource.RLIMIT_AS)[0], sys.stdin.read(), os.getcwd())
+    print(os.getpgid(0) == os.getpid(), oct(os.umask(0)))
+    for n in os.listdir("/proc/self/fd"):
+        if os.path.exists(f"/proc/self/fd/{n}"):
+            print(os.readlink(f"/proc/self/fd/{n}"))
+    """
+    found = python(site, body, nice=3, memory_limit="1 GiB")
+    assert found["outcome"] == "done", site.log("a")
+    assert site.log("a").splitlines()[0].split() == ["3", str(1 << 30), str(site.tasks)]
+    assert site.log("a").splitlines()[1] == "True 0o77"
+    assert "bgtasks.db" not in site.log("a")
+    assert "locks" not in site.log("a")
+
+
+def test_a_program_inherits_only_the_standard_descriptors(site):
+    shell(site, "ls -l /proc/$$/fd | grep -c 'bgtasks.db\\|locks/'; cat; exit 0")
+    assert site.log("a") == "0\n"
+
+
+def test_too_little_memory_fails_the_task_alone(site):
+    found = python(site, "x = bytearray(1 << 30)", memory_limit="200 MiB")
+    assert (found["outcome"], found["reason"].split(":")[0]) == ("failed", "MemoryError")
+
+
+# -- keepers that are killed
+
+
+def keeper_of(runner):
+    path = Path(f"/proc/{runner.pid}/task/{runner.pid}/children")
+    return int(wait_for(lambda: path.read_text().split())[0])
+
+
+def begin(site, *tasks):
+    runner = site.start("--cron_max_execution_time=0")
+    wait_for(
+        lambda: site.ledger.exists() and len(site.ledger.read_text().splitlines()) >= len(tasks)
+    )
+    return runner, keeper_of(runner)
+
+
+@pytest.mark.parametrize("language", ["sh", "py"])
+@pytest.mark.parametrize("victims", ["keeper", "both"])
+def test_the_true_end_is_known_though_its_keeper_was_killed(site, language, victims):
+    if language == "sh":
+        site.shell("a", f"echo x >>{site.ledger}; sleep 1; exit 3", schedule="every 1 d")
+    else:
+        body = f"""
+        import pathlib, time
+        pathlib.Path({str(site.ledger)!r}).write_text("x")
+        time.sleep(1)
+        raise SystemExit(3)
+        """
+        site.python("a", body, schedule="every 1 d")
+    runner, keeper = begin(site, "a")
+    if victims == "both":
+        runner.kill()
+    os.kill(keeper, signal.SIGKILL)
+    runner.communicate()
+    assert site.status("a")["running"] is True
+    site.make_due()
+    site.wake()
+    assert len(site.rows("SELECT * FROM run")) == 1
+    wait_for(lambda: not site.status("a")["running"])
+    assert site.status("a")["last_outcome"] == "failed"
+    site.wake("--exclude_task=a")
+    assert (site.last("a")["outcome"], site.last("a")["exit_code"]) == ("failed", 3)
+
+
+def test_a_task_that_writes_elsewhere_is_seen_without_its_keeper(site):
+    log = site.folder / "log"
+    body = f"exec >{log} 2>&1; echo x >>{site.ledger}; sleep 3"
+    site.shell("a", body, schedule="every 1 d")
+    runner, keeper = begin(site, "a")
+    os.kill(keeper, signal.SIGKILL)
+    runner.communicate()
+    site.make_due()
+    site.wake()
+    assert site.status("a")["running"] is True
+    assert len(site.rows("SELECT * FROM run")) == 1
+
+
+def test_what_was_killed_whole_is_interrupted(site):
+    site.shell("a", f"echo $$ >>{site.ledger}; exec sleep 60", schedule="every 1 d")
+    runner, keeper = begin(site, "a")
+    group = os.getpgid(int(site.ledger.read_text()))
+    os.kill(keeper, signal.SIGKILL)
+    os.killpg(group, signal.SIGKILL)
+    runner.communicate()
+    wait_for(lambda: site.status("a")["last_outcome"] == "interrupted")
+    assert site.rows("SELECT outcome FROM run") == [{"outcome": "running"}]
+    site.wake()
+    assert "vanished" in site.last("a")["reason"]
+
+
+def test_a_run_past_its_timeout_without_keeper_is_ended_by_who_finds_it(site):
+    site.shell(
+        "a", f"echo x >>{site.ledger}; trap '' TERM; sleep 60", schedule="every 1 d", timeout=2
+    )
+    runner, keeper = begin(site, "a")
+    runner.kill()
+    os.kill(keeper, signal.SIGKILL)
+    runner.communicate()
+    time.sleep(2)
+    done = site.wake("--verbose")
+    assert "past its timeout" in done.stdout
+    site.wake()
+    assert site.last("a")["outcome"] == "timed_out"
+
+
+# -- small parts
+
+
+def test_signals_arrive_as_numbers():
+    signals = bgtasks.Signals(signal.SIGUSR1)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert list(signals.taken()) == [signal.SIGUSR1]
+        assert signals.taken() == b""
+    finally:
+        signals.close()
+
+
+def test_files_that_are_gone_are_nothing(tmp_path):
+    live = str(tmp_path / "x")
+    assert bgtasks.read_notes(live) == {}
+    assert bgtasks.read_report(live) == {}
+    assert bgtasks.read_output(live, 0, ()) == ""
+    assert bgtasks.is_locked(live) is False
+    bgtasks.remove_live_files(live)
+
+
+def test_an_unfinished_note_is_none(tmp_path):
+    (tmp_path / "x.keeper").write_bytes(b'{"began": 1}\n{"end": "", "sta')
+    assert bgtasks.read_notes(str(tmp_path / "x")) == {"began": 1}
+
+
+def test_a_number_given_to_another_process_is_told_apart():
+    me = os.getpgid(0)
+    boot = bgtasks.boot_id()
+    assert bgtasks.identity(os.getpid()).startswith(f"{boot}:")
+    assert bgtasks.identity(99999999) == ""
+    assert bgtasks.group_members(me)
+    assert bgtasks.group_members(99999999) == []
+    assert bgtasks.task_lives({"group": [me, bgtasks.identity(me)]})
+    assert not bgtasks.task_lives({"group": [me, f"{boot}:1"]})
+    assert not bgtasks.task_lives({"group": [me, "another boot:1"]})
+    assert not bgtasks.task_lives({})
+    bgtasks.signal_group(99999999, signal.SIGTERM)
+
+
+def test_perl_and_setsid_are_there():
+    assert shutil.which("perl")
+    assert subprocess.run(["setsid", "true"], check=False).returncode == 0
+    assert sys.platform == "linux"

@@ -196,6 +196,13 @@ class Param(NamedTuple):
     value: str
 
 
+def user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
 def refuse_unsafe(info: os.stat_result, path: str, what: str) -> None:
     """Raise RefusedError if others can write what ``info`` was read of, or own it.
 
@@ -203,12 +210,13 @@ def refuse_unsafe(info: os.stat_result, path: str, what: str) -> None:
     but for the group that has no member but us."""
     if sys.platform == "win32":
         return
-    mode, me = stat.S_IMODE(info.st_mode), os.geteuid()
-    text = f"{path}: {what}: unsafe (mode {mode:03o}, owner uid {info.st_uid})"
-    if info.st_uid not in (0, me):
-        raise RefusedError(f"{text}: it belongs to somebody else; chown {me} {path}")
+    mode, me, owner = stat.S_IMODE(info.st_mode), os.geteuid(), info.st_uid
+    if owner not in (0, me):
+        who, name = user_name(me), user_name(owner)
+        way_out = f"run it as {name} (sudo -u {name} ...), or chown {who} {path}"
+        raise RefusedError(f"{path}: {what} belongs to {name}, you are {who}; {way_out}")
     if mode & 0o002 or (mode & 0o020 and not _is_private_group(info.st_gid, me)):
-        raise RefusedError(f"{text}: others can write it; chmod go-w {path}")
+        raise RefusedError(f"{path}: {what} can be written by others ({mode:o}); chmod go-w {path}")
 
 
 def _is_private_group(gid: int, uid: int) -> bool:
@@ -2541,13 +2549,6 @@ def read_moment(text: str, zone: Zone, now: float) -> int:
     if not now < moment < now + 100 * 366 * 86400:
         raise ValueError(f"{shortened(text)!r} is not in the future")
     return int(moment)
-
-
-def user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid {uid}"
 
 
 def refuse_wrong_user(state_dir: str) -> None:

@@ -61,6 +61,8 @@ class Site:
         self.params = folder / "cron.params"
         self.params.write_text("node = here\n")
         self.ledger = folder / "ledger"
+        self.said = folder / "said"
+        self.slots = set()
 
     @property
     def state(self):
@@ -95,9 +97,10 @@ class Site:
         """One look: run what is due and leave."""
         return self.run("--cron_max_execution_time=0", *args, **options)
 
-    def start(self, *args, **options):
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-        return subprocess.Popen(self.command(*args), **options)
+    def start(self, *args):
+        """A wake-up that goes on; what it says is in `said`."""
+        with open(self.said, "a") as said:
+            return subprocess.Popen(self.command(*args), stdout=said, stderr=said)
 
     def json(self, *args):
         done = self.run(*args, "--json")
@@ -127,12 +130,14 @@ class Site:
         db.close()
 
     def make_due(self, *tasks):
-        """Let the next slot of these tasks (or of all) be a minute ago."""
+        """Let the next slot of these tasks (or of all) be a minute ago, and a new one."""
         names = tasks or [row["name"] for row in self.rows("SELECT name FROM task")]
+        slot = int(time.time()) - 60
+        while slot % 60 == 0 or slot in self.slots:
+            slot -= 1
+        self.slots.add(slot)
         for name in names:
-            self.change(
-                "UPDATE task SET next_run_at = ? WHERE name = ?", int(time.time()) - 60, name
-            )
+            self.change("UPDATE task SET next_run_at = ? WHERE name = ?", slot, name)
 
 
 @pytest.fixture

@@ -300,7 +300,7 @@ def test_a_program_that_became_unsafe_is_not_started(site):
     path.symlink_to(folder / "a.sh")
     site.wake()
     folder.chmod(0o777)  # what `stat` says of the file is the same
-    assert "unsafe" in run(site)["reason"]
+    assert "can be written by others" in run(site)["reason"]
 
 
 # -- what hangs, leaves things behind or is killed
@@ -450,7 +450,7 @@ def test_the_true_end_is_known_though_its_keeper_was_killed(site, language, vict
     if victims == "both":
         runner.kill()
     os.kill(keeper, signal.SIGKILL)
-    runner.communicate()
+    runner.wait()
     assert site.status("a")["running"] is True
     site.make_due()
     site.wake()
@@ -467,7 +467,7 @@ def test_a_task_that_writes_elsewhere_is_seen_without_its_keeper(site):
     site.shell("a", body, schedule="every 1 d")
     runner, keeper = begin(site, "a")
     os.kill(keeper, signal.SIGKILL)
-    runner.communicate()
+    runner.wait()
     site.make_due()
     site.wake()
     assert site.status("a")["running"] is True
@@ -480,7 +480,7 @@ def test_what_was_killed_whole_is_interrupted(site):
     group = os.getpgid(int(site.ledger.read_text()))
     os.kill(keeper, signal.SIGKILL)
     os.killpg(group, signal.SIGKILL)
-    runner.communicate()
+    runner.wait()
     wait_for(lambda: site.status("a")["last_outcome"] == "interrupted")
     assert site.rows("SELECT outcome FROM run") == [{"outcome": "running"}]
     site.wake()
@@ -494,7 +494,7 @@ def test_a_run_past_its_timeout_without_keeper_is_ended_by_who_finds_it(site):
     runner, keeper = begin(site, "a")
     runner.kill()
     os.kill(keeper, signal.SIGKILL)
-    runner.communicate()
+    runner.wait()
     time.sleep(2)
     done = site.wake("--verbose")
     assert "past its timeout" in done.stdout

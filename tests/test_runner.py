@@ -1,0 +1,531 @@
+"""Wake-ups: what they start, in which order, and how they get along with each other."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAM, FakeClock, Site, wait_for
+
+import bgtasks
+
+
+def note(site, *names, seconds=0, **settings):
+    """Tasks that write their name and a time into the ledger when they start."""
+    for name in names:
+        body = f'echo "{name} $(date +%s.%N)" >>{site.ledger}; sleep {seconds}'
+        site.shell(name, body, **{"schedule": "every 1 d", **settings})
+
+
+def noted(site):
+    if not site.ledger.exists():
+        return []
+    return [line.split()[0] for line in site.ledger.read_text().splitlines()]
+
+
+def outcomes(site, task):
+    rows = site.rows("SELECT outcome FROM run WHERE task = ? ORDER BY id", task)
+    return [row["outcome"] for row in rows]
+
+
+# -- what is due, in which order
+
+
+def test_new_tasks_with_every_are_due_at_once_and_fixed_times_are_not(site):
+    note(site, "every")
+    note(site, "daily", schedule="daily 03:30")
+    note(site, "manual", schedule="manual")
+    note(site, "off", enabled=False)
+    done = site.wake()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert noted(site) == ["every"]
+    site.wake()
+    assert noted(site) == ["every"]
+
+
+def test_the_order_of_due_tasks(site):
+    note(site, "c_first", order=1)
+    note(site, "a_late")
+    note(site, "b_later")
+    site.shell("a_failed", f"echo a_failed >>{site.ledger}; exit 1", order=0)
+    site.wake()
+    site.make_due()
+    site.change("UPDATE task SET next_run_at = next_run_at - 100 WHERE name = 'b_later'")
+    site.ledger.unlink()
+    site.wake()
+    assert noted(site) == ["c_first", "b_later", "a_late", "a_failed"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--task=a,b"], ["a", "b"]),
+        (["--exclude_task=a"], ["b", "c"]),
+        (["--group=g"], ["c"]),
+        (["--exclude_group=g,x"], ["a", "b"]),
+        (["--task=a,c", "--exclude_group=g"], ["a"]),
+        (["--cron_limit=2"], ["a", "b"]),
+    ],
+)
+def test_a_wake_up_chooses_by_task_and_group(site, flags, wanted):
+    note(site, "a", "b")
+    note(site, "c", group="g")
+    site.wake(*flags)
+    assert noted(site) == wanted
+
+
+def test_always_runs_once_in_every_wake_up(site):
+    note(site, "a", schedule="always")
+    site.wake()
+    site.run("--cron_max_execution_time=1", "--cron_sleep=1")
+    assert noted(site) == ["a", "a"]
+
+
+def test_missed_slots_collapse_into_one_run(site):
+    note(site, "a", schedule="every 1 min")
+    site.wake()
+    site.change("UPDATE task SET next_run_at = next_run_at - 86400")
+    site.wake()
+    site.wake()
+    assert noted(site) == ["a", "a"]
+    assert site.rows("SELECT next_run_at FROM task")[0]["next_run_at"] > time.time()
+
+
+def test_more_is_repeated_at_once_behind_the_others_if_time_is_left(site):
+    body = f"""
+    import time
+    with open({str(site.ledger)!r}, "a") as ledger:
+        ledger.write("again\\n")
+    time.sleep(0.2)
+    return task.MORE
+    """
+    site.python("again", body, schedule="every 1 d", order=1)
+    note(site, "b")
+    site.run("--cron_max_execution_time=2", "--cron_sleep=1")
+    assert noted(site)[:3] == ["again", "b", "again"]
+    assert noted(site).count("again") > 3
+    triggers = {row["trigger"] for row in site.rows("SELECT trigger FROM run WHERE slot IS NULL")}
+    assert triggers == {"repeat"}
+
+
+def test_more_waits_for_the_next_wake_up_if_that_looks_only_once(site):
+    site.python("a", "return task.MORE", schedule="every 1 d")
+    site.wake()
+    assert outcomes(site, "a") == ["more"]
+    site.wake()
+    assert outcomes(site, "a") == ["more", "more"]
+
+
+@pytest.mark.parametrize(("choice", "runs"), [("wait", 1), ("again", 2)])
+def test_after_an_interruption_a_task_waits_or_runs_again(site, choice, runs):
+    site.shell("a", "kill -9 0", schedule="every 1 d", on_interrupt=choice)
+    site.wake()
+    site.change("UPDATE run SET ended_at = NULL, outcome = 'running'")
+    site.wake()
+    assert outcomes(site, "a")[0] == "interrupted"
+    assert len(outcomes(site, "a")) == runs
+
+
+# -- changes
+
+
+def test_a_changed_schedule_takes_effect_at_the_next_look(site):
+    note(site, "a", schedule="daily 03:30")
+    site.wake()
+    note(site, "a", schedule="every 1 h")
+    site.wake()
+    due = site.rows("SELECT next_run_at FROM task")[0]["next_run_at"]
+    assert 0 < due - time.time() <= 3600
+    note(site, "a", schedule="manual")
+    site.wake()
+    assert site.rows("SELECT next_run_at FROM task")[0]["next_run_at"] is None
+
+
+def test_a_changed_period_goes_on_from_the_last_slot(site):
+    note(site, "a", schedule="every 1 h")
+    site.wake()
+    slot = site.rows("SELECT slot FROM run")[0]["slot"]
+    note(site, "a", schedule="every 10 min")
+    site.wake()
+    assert site.rows("SELECT next_run_at FROM task")[0]["next_run_at"] == slot + 600
+
+
+def test_a_file_that_is_gone_keeps_its_history_and_comes_back_as_it_was(site):
+    note(site, "a")
+    site.wake()
+    site.run("pause", "a")
+    path = site.tasks / "a.sh"
+    path.rename(site.folder / "a.sh")
+    site.make_due("a")
+    site.wake()
+    assert site.status("a")["state"] == "missing"
+    shutil.move(site.folder / "a.sh", path)
+    site.wake()
+    assert (site.status("a")["state"], site.status("a")["runs"]) == ("paused", 1)
+    assert noted(site) == ["a"]
+
+
+def test_one_bad_file_never_stops_another(site):
+    site.python("bad", "(")
+    note(site, "good")
+    done = site.wake("--verbose")
+    assert done.returncode == 0
+    assert "bad: broken: bad.py:" in done.stdout
+    assert noted(site) == ["good"]
+
+
+def test_a_schedule_that_lost_its_package_makes_the_task_broken(site):
+    pytest.importorskip("croniter", reason="croniter is not installed")
+    note(site, "a", schedule="*/5 * * * *")
+    site.wake()
+    site.make_due()
+    code = f"""
+import sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+sys.modules["croniter"] = None
+import bgtasks
+bgtasks.main(["--param_file={site.params}", "--cron_max_execution_time=0"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "needs croniter" in site.rows("SELECT error FROM task")[0]["error"]
+    assert noted(site) == []
+
+
+# -- several at a time, and what hangs
+
+
+def test_parallel_runs_are_limited(site):
+    note(site, "a", "b", "c", seconds=1)
+    started = time.time()
+    site.wake("--max_parallel=3")
+    assert time.time() - started < 2.5
+    site.make_due()
+    started = time.time()
+    site.wake()
+    assert time.time() - started > 3
+
+
+def test_a_run_that_overran_no_longer_counts(site):
+    note(site, "a", seconds=4, deadline=1, order=1)
+    note(site, "b")
+    site.wake()
+    rows = {row["task"]: row for row in site.rows("SELECT * FROM run")}
+    assert 0.9 < rows["b"]["started_at"] - rows["a"]["started_at"] < 4
+    assert site.rows("SELECT last_overran FROM task WHERE name = 'a'") == [{"last_overran": 0}]
+
+
+def test_the_usual_duration_sets_how_long_others_wait(site):
+    settings = bgtasks.read_settings({"param_file": str(site.params)}, "x")
+    note(site, "a")
+    site.wake()
+    site.change("UPDATE run SET started_at = ended_at - 100")
+    store, clock = bgtasks.open_store(str(site.state)), FakeClock(time.time())
+    runner = bgtasks.Runner(settings, store, clock, "hand", lambda *_: None)
+    runner.start(store.task("a"))
+    (started,) = runner.running.values()
+    assert 190 < started.counts_until - clock.ticks <= 200
+    wait_for(runner._reap)
+    store.close()
+
+
+def test_a_wake_up_whose_time_is_up_waits_for_its_keepers_but_frees_the_others(site):
+    note(site, "slow", seconds=4)
+    runner = site.start("--cron_max_execution_time=1")
+    wait_for(lambda: noted(site))
+    time.sleep(1.2)
+    note(site, "other")
+    assert site.wake().returncode == 0
+    assert noted(site) == ["slow", "other"]
+    assert runner.poll() is None
+    assert runner.wait(20) == 0
+    assert outcomes(site, "slow") == ["done"]
+
+
+def test_a_second_runner_leaves_at_once_and_is_recorded_as_busy(site):
+    note(site, "a", seconds=2)
+    runner = site.start("--cron_max_execution_time=30")
+    wait_for(lambda: noted(site))
+    started = time.time()
+    done = site.run("--verbose")
+    assert (done.returncode, time.time() - started < 5) == (0, True)
+    assert "another runner is at work" in done.stdout
+    assert site.json("status")["last_wakeup"]["result"] == "busy"
+    runner.terminate()
+    runner.wait()
+
+
+def test_cron_lines_as_regular_as_the_runners_time_miss_no_turn(site):
+    note(site, "a", schedule="every 1 s")
+    first = site.start("--cron_max_execution_time=4", "--cron_sleep=1")
+    wait_for(lambda: noted(site))
+    second = site.start("--cron_max_execution_time=7", "--cron_sleep=1")
+    assert (first.wait(30), second.wait(30)) == (0, 0)
+    results = site.rows("SELECT result, started FROM wakeup ORDER BY id")
+    assert [row["result"] for row in results] == ["worked", "worked"]
+    assert all(row["started"] for row in results)
+
+
+def test_two_groups_woken_at_the_same_time_work_side_by_side(site):
+    note(site, "slow", seconds=2, group="slow")
+    note(site, "fast", group="fast")
+    slow = site.start("--group=slow", "--cron_max_execution_time=0")
+    wait_for(lambda: noted(site))
+    assert site.wake("--group=fast").returncode == 0
+    assert noted(site) == ["slow", "fast"]
+    assert slow.poll() is None
+    slow.wait()
+
+
+def test_a_task_due_while_a_runner_waits_starts_on_time(site):
+    site.python("a", "import time\nreturn str(time.time() - task.slot)", schedule="every 1 s")
+    site.run("--cron_max_execution_time=6", "--cron_sleep=60")
+    late = [float(row["message"]) for row in site.rows("SELECT message FROM run ORDER BY id")][1:]
+    assert len(late) >= 4
+    assert sorted(late)[len(late) // 2] < 0.3
+
+
+def test_a_new_file_and_a_pause_are_seen_while_a_runner_waits(site):
+    runner = site.start("--cron_max_execution_time=6", "--cron_sleep=1")
+    wait_for((site.state / "bgtasks.db").exists)
+    note(site, "a", schedule="every 1 s")
+    wait_for(lambda: len(noted(site)) >= 2)
+    site.run("pause", "a")
+    count = len(noted(site))
+    time.sleep(2)
+    assert len(noted(site)) <= count + 1
+    assert runner.wait(30) == 0
+
+
+# -- being stopped, and not starting
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_runner_that_is_told_to_stop_ends_its_runs_and_dies_of_the_signal(site, number):
+    note(site, "a", seconds=60)
+    note(site, "b")
+    runner = site.start()
+    wait_for(lambda: noted(site))
+    runner.send_signal(number)
+    assert runner.wait(20) == -number
+    assert outcomes(site, "a") == ["interrupted"]
+    assert noted(site) == ["a"]
+    assert site.last("a")["reason"] == "the runner was told to stop"
+
+
+def test_told_twice_it_waits_no_longer(site):
+    site.shell("a", f"trap '' TERM; echo a >>{site.ledger}; sleep 60", schedule="every 1 d")
+    runner = site.start()
+    wait_for(lambda: noted(site))
+    started = time.time()
+    runner.terminate()
+    time.sleep(0.5)
+    runner.terminate()
+    assert runner.wait(20) == -signal.SIGTERM
+    assert time.time() - started < 6
+    assert outcomes(site, "a") == ["interrupted"]
+
+
+def test_a_task_that_ends_well_when_asked_is_done(site):
+    body = f"trap 'exit 0' TERM; echo a >>{site.ledger}; while :; do sleep 0.1; done"
+    site.shell("a", body, schedule="every 1 d")
+    runner = site.start()
+    wait_for(lambda: noted(site))
+    runner.terminate()
+    runner.wait(20)
+    assert outcomes(site, "a") == ["done"]
+
+
+def test_nothing_starts_in_maintenance(site):
+    note(site, "a", order=1)
+    site.shell(
+        "b", f"echo b >>{site.ledger}; touch {site.folder}/maintenance", schedule="every 1 d"
+    )
+    note(site, "c", order=200)
+    assert site.wake().returncode == 0
+    assert noted(site) == ["a", "b"]
+    assert site.json("status")["maintenance"] is True
+    site.wake()
+    assert noted(site) == ["a", "b"]
+    assert site.json("status")["last_wakeup"]["result"] == "maintenance"
+    assert "MAINTENANCE" in site.run("status").stdout
+    (site.folder / "maintenance").unlink()
+    site.wake()
+    assert noted(site) == ["a", "b", "c"]
+
+
+def test_no_wake_up_nests_in_another(site):
+    call = " ".join(site.command())
+    site.shell("a", f"{call} --cron_max_execution_time=0; echo code $?", schedule="every 1 d")
+    site.wake()
+    assert "code 75" in site.log("a")
+
+
+def test_a_crash_before_the_claim_leaves_files_that_are_swept(site):
+    note(site, "a")
+    site.wake()
+    (site.state / "runs" / "0123.out").write_text("")
+    (site.state / "runs" / "4567.report").write_text("")
+    site.wake()
+    assert os.listdir(site.state / "runs") == []
+
+
+# -- users
+
+
+def give(folder, uid):
+    for path in [folder, *folder.rglob("*")]:
+        os.chown(path, uid, uid, follow_symlinks=False)
+
+
+@pytest.fixture
+def theirs():
+    """An installation that belongs to somebody else, where others may come."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    shutil.copy(PROGRAM, folder / "bgtasks.py")
+    site = Site(folder)
+    note(site, "a")
+    give(folder, 65534)
+    yield site
+    shutil.rmtree(folder)
+
+
+def as_user(site, *args, uid=65534, before=()):
+    drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *before]
+    command = [*drop, "/usr/bin/python3", str(site.folder / "bgtasks.py"), *args]
+    env = {"PATH": os.environ["PATH"]}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd="/")
+
+
+def wake_as(site, *args, **options):
+    return as_user(site, "--cron_max_execution_time=0", *args, **options)
+
+
+def test_it_works_as_another_user_and_root_is_refused_then(theirs):
+    done = wake_as(theirs)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert noted(theirs) == ["a"]
+    done = theirs.wake()
+    assert done.returncode == 77
+    assert "belongs to nobody, you are root; run it as nobody (sudo -u nobody" in done.stderr
+
+
+def test_root_makes_no_state_in_a_folder_of_somebody_else(theirs):
+    assert theirs.wake().returncode == 77
+    assert not theirs.state.exists()
+
+
+def test_another_user_is_refused_and_learns_nothing(theirs):
+    give(theirs.folder, 0)
+    assert theirs.wake().returncode == 0
+    done = wake_as(theirs)
+    assert done.returncode == 77
+    assert "belongs to root, you are nobody" in done.stderr
+    assert as_user(theirs, "status").returncode == 77
+
+
+def test_who_has_no_name_works(theirs):
+    give(theirs.folder, 54321)
+    done = wake_as(theirs, uid=54321)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert theirs.rows("SELECT user FROM wakeup") == [{"user": "uid 54321"}]
+
+
+def test_an_unsafe_folder_stops_the_wake_up(site):
+    note(site, "a")
+    site.tasks.chmod(0o777)
+    done = site.wake()
+    assert done.returncode == 77
+    assert f"chmod go-w {site.tasks}" in done.stderr
+    assert noted(site) == []
+
+
+def test_no_process_to_be_had_gives_the_claim_back(theirs):
+    wake_as(theirs, "--exclude_task=a")
+    limit = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NPROC, (0, 0));"
+    before = ["/usr/bin/python3", "-c", limit + "os.execv(sys.argv[1], sys.argv[1:])"]
+    done = wake_as(theirs, before=before)
+    assert done.returncode == 71
+    assert "cannot start a process" in done.stderr
+    assert theirs.rows("SELECT * FROM run") == []
+    wake_as(theirs)
+    assert noted(theirs) == ["a"]
+
+
+# -- the clock
+
+CLOCK = """
+import os, sys
+sys.path.insert(0, {program!r})
+import bgtasks
+class Set(bgtasks.Clock):
+    def now(self):
+        with open({offset!r}) as file:
+            return super().now() + float(file.read())
+sys.exit(bgtasks.main(sys.argv[1:], Set()))
+"""
+
+
+def runner_with_a_clock(site, *args):
+    offset = site.folder / "offset"
+    offset.write_text("0")
+    code = CLOCK.format(program=str(PROGRAM.parent), offset=str(offset))
+    command = [sys.executable, "-c", code, f"--param_file={site.params}", "--cron_sleep=1", *args]
+    runner = subprocess.Popen(command)
+
+    def set_clock(seconds):
+        (site.folder / "new").write_text(str(seconds))
+        os.replace(site.folder / "new", offset)
+
+    return runner, set_clock
+
+
+def test_the_clock_set_back_an_hour_brings_no_silence_and_no_repetition(site):
+    note(site, "often", schedule="every 2 s")
+    note(site, "fixed", schedule=f"daily {time.strftime('%H:%M', time.gmtime())}", timezone="UTC")
+    runner, set_clock = runner_with_a_clock(site, "--cron_max_execution_time=9")
+    wait_for(lambda: "often" in noted(site))
+    site.change("UPDATE task SET next_run_at = next_run_at - 86400 WHERE name = 'fixed'")
+    wait_for(lambda: "fixed" in noted(site))
+    set_clock(-3600)
+    before = noted(site).count("often")
+    assert runner.wait(60) == 0
+    assert 2 <= noted(site).count("often") - before <= 6
+    assert noted(site).count("fixed") == 1
+
+
+def test_the_clock_set_a_week_ahead_brings_no_burst(site):
+    note(site, "often", schedule="every 2 s")
+    note(site, "daily", schedule="daily 03:30")
+    runner, set_clock = runner_with_a_clock(site, "--cron_max_execution_time=8")
+    wait_for(lambda: "often" in noted(site))
+    set_clock(7 * 86400)
+    before = noted(site).count("often")
+    assert runner.wait(60) == 0
+    assert 2 <= noted(site).count("often") - before <= 5
+    assert noted(site).count("daily") == 1
+    # and back again: the next wake-up goes on in real time
+    site.wake("--verbose")
+    due = site.rows("SELECT next_run_at FROM task WHERE name = 'often'")[0]["next_run_at"]
+    assert due - time.time() < 5
+
+
+def test_moments_that_a_task_may_give():
+    zone = bgtasks.Zone("Europe/Berlin")
+    now = 1_767_225_600.0
+    assert bgtasks.read_moment("1767225700.5", zone, now) == 1_767_225_700
+    assert bgtasks.read_moment("2026-01-02T00:00:00Z", zone, now) == now + 86400
+    assert bgtasks.read_moment("2026-01-02T00:00:00", zone, now) == now + 82800
+    with pytest.raises(ValueError, match="not in the future"):
+        bgtasks.read_moment("2026-03-29T02:30:00", zone, now)
+
+
+def test_the_machine_allows_what_these_tests_need():
+    assert os.geteuid() == 0, "run them as root: some drop to another user"
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64

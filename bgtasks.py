@@ -175,12 +175,14 @@ class Clock:
 
 
 def iso(moment: float | None, zone: Any = None) -> str | None:
-    """Return Unix seconds as ISO 8601 with offset, in the machine's zone if ``zone`` is None."""
-    if moment is None:
+    """Return Unix seconds as ISO 8601 with offset, in the machine's zone if ``zone`` is None.
+
+    None for None, and for what no calendar has."""
+    try:
+        at = None if moment is None else datetime.fromtimestamp(moment, timezone.utc)
+        return at and at.astimezone(zone).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
         return None
-    return (
-        datetime.fromtimestamp(moment, timezone.utc).astimezone(zone).isoformat(timespec="seconds")
-    )
 
 
 # --- Param file -----------------------------------------------------------------------------------
@@ -1477,6 +1479,10 @@ class Store:
             return StorageError(f"{self.path}: was taken away while in use; put it back")
         if "disk is full" in text or "disk I/O error" in text:
             return StorageError(f"{self.path}: cannot write ({text}); make room on the disk")
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as limit:
+            return cannot_create(self.path, limit)
         if "readonly" in text or "unable to open" in text:
             return RefusedError(f"{self.path}: cannot be written ({text}); check its permissions")
         raise error
@@ -1838,6 +1844,7 @@ class Signals:
         for fd in (self.readable, self._writable):
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a caller may have blocked them
         self._before = {number: signal.signal(number, _ignore) for number in numbers}
 
     def taken(self) -> bytes:
@@ -2081,6 +2088,8 @@ def fork(body: Callable[[], int]) -> int:
     """Fork; the child does ``body`` and leaves with the code it returns. Raises OSError."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # else nobody learns how a child ended
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid:
         return pid
@@ -3165,15 +3174,16 @@ class Invocation(NamedTuple):
         return self.words[0]
 
     def count(self, default: int) -> int:
-        return int(_usage(lambda: read_number(1, 1_000_000)(self.flags.get("count", str(default)))))
+        text = self.flags.get("count", str(default))
+        return int(_usage("--count", lambda: read_number(1, 1_000_000)(text)))
 
 
-def _usage(read: Callable[[], Any]) -> Any:
+def _usage(what: str, read: Callable[[], Any]) -> Any:
     """Return what ``read`` returns; what it refuses is a wrong argument."""
     try:
         return read()
     except (ValueError, TaskError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"{what}: {error}") from None
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[str, list[str], dict[str, str], dict[str, str]]:
@@ -3472,12 +3482,12 @@ def next_command(call: Invocation) -> int:
         task = task_from(row) if row else _read_by_name(settings, word)
         text, anchor = task.settings["schedule"], row["anchor_at"] if row else None
         zone_name = zone_name or task.settings["timezone"]
-    zone = _usage(lambda: Zone(zone_name or settings.timezone))
+    zone = _usage("--timezone", lambda: Zone(zone_name or settings.timezone))
     start = now
     if "from" in call.flags:
-        start = _usage(lambda: read_moment(call.flags["from"], zone, 0.0))
+        start = _usage("--from", lambda: read_moment(call.flags["from"], zone, 0.0))
     spread = f"{settings.node}/{word}"
-    schedule = _usage(lambda: parse_schedule(text, zone, 0.0, spread))
+    schedule = _usage("next", lambda: parse_schedule(text, zone, 0.0, spread))
     anchor = schedule.anchor_for(start) if anchor is None else anchor
     schedule = parse_schedule(text, zone, anchor, spread)
     moments: list[float] = []
@@ -3522,9 +3532,9 @@ def lint_command(call: Invocation) -> int:
 
 
 def pause_command(call: Invocation) -> int:
-    seconds = _usage(lambda: read_duration(call.flags["for"])) if "for" in call.flags else None
-    now, note = call.clock.now(), shortened(call.flags.get("note", ""), 200)
-    until = None if seconds is None else now + seconds
+    now, note, until = call.clock.now(), shortened(call.flags.get("note", ""), 200), None
+    if "for" in call.flags:
+        until = now + float(_usage("--for", lambda: read_duration(call.flags["for"])))
     return _for_tasks(call, lambda store, name, by: store.pause(name, by, now, until, note))
 
 

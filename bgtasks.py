@@ -1453,20 +1453,23 @@ class Store:
         return db
 
     def _version(self, db: sqlite3.Connection) -> int:
-        """Return the version of the file, 0 if it is new. Raises DataError if it is not ours."""
-        version = int(db.execute("PRAGMA user_version").fetchone()[0])
-        if self._identity is not None:
-            return version
-        owner = int(db.execute("PRAGMA application_id").fetchone()[0])
-        tables = int(db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+        """Return the version of the file, 0 if it is new. Raises DataError if it is not ours.
+
+        One statement, after a look at the folder: another process may be making the file."""
+        used = os.path.isdir(os.path.join(os.path.dirname(self.path), "runs"))
+        version, owner, tables = db.execute(
+            """
+            SELECT (SELECT * FROM pragma_user_version), (SELECT * FROM pragma_application_id),
+                   (SELECT count(*) FROM sqlite_master)
+            """
+        ).fetchone()
         if owner != APPLICATION_ID and (owner or version or tables):
             raise DataError(f"{self.path}: belongs to another program; move it or set state_dir")
         if version > len(MIGRATIONS):
             raise DataError(f"{self.path}: was written by a newer bgtasks; update bgtasks.py")
-        runs = os.path.join(os.path.dirname(self.path), "runs")
-        if not tables and self.path != ":memory:" and os.path.isdir(runs):
+        if used and not tables and self.path != ":memory:":
             raise DataError(f"{self.path}: is empty, but was not before; restore it from a backup")
-        return version
+        return int(version)
 
     def _explained(self, error: sqlite3.Error) -> BgtasksError:
         """Return SQLite's error as one that says what to do; a bug in our SQL stays raw."""

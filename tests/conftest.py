@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,24 @@ class Site:
         self.slots.add(slot)
         for name in names:
             self.change("UPDATE task SET next_run_at = ? WHERE name = ?", slot, name)
+
+
+@pytest.fixture(autouse=True)
+def umask():
+    """What runs in the process of the tests may set its own."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@contextmanager
+def somebody_else(uid=65534):
+    """For a while, this process has the rights of another user."""
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
+from conftest import PROGRAM, wait_for
 
 import bgtasks
 
@@ -477,6 +477,7 @@ def test_a_task_that_writes_elsewhere_is_seen_without_its_keeper(site):
 def test_what_was_killed_whole_is_interrupted(site):
     site.shell("a", f"echo $$ >>{site.ledger}; exec sleep 60", schedule="every 1 d")
     runner, keeper = begin(site, "a")
+    runner.kill()
     group = os.getpgid(int(site.ledger.read_text()))
     os.kill(keeper, signal.SIGKILL)
     os.killpg(group, signal.SIGKILL)
@@ -519,7 +520,7 @@ def test_files_that_are_gone_are_nothing(tmp_path):
     live = str(tmp_path / "x")
     assert bgtasks.read_notes(live) == {}
     assert bgtasks.read_report(live) == {}
-    assert bgtasks.read_output(live, 0, ()) == ""
+    assert bgtasks.read_output(live, ()) == ""
     assert bgtasks.is_locked(live) is False
     bgtasks.remove_live_files(live)
 
@@ -547,3 +548,24 @@ def test_perl_and_setsid_are_there():
     assert shutil.which("perl")
     assert subprocess.run(["setsid", "true"], check=False).returncode == 0
     assert sys.platform == "linux"
+
+
+def test_each_ends_with_its_items(site):
+    assert python(site, "return str([x for x in task.each([1, 2])])")["message"] == "[1, 2]"
+
+
+def test_a_child_of_ours_that_fails_leaves_with_a_trace(site):
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import bgtasks\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(bgtasks.fork(lambda: 1 // 0), 0)[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "70\n"
+    assert "ZeroDivisionError" in done.stderr
+    assert not site.state.exists()
+
+
+def test_what_was_ended_with_its_runner_is_interrupted():
+    ended = {"end": "interrupted", "status": -15}
+    assert bgtasks._judge(ended, {}) == ("interrupted", "the runner was told to stop")
+    assert bgtasks._judge({**ended, "exit": 0}, {}) == ("done", "")

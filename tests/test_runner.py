@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, FakeClock, Site, wait_for
+from conftest import PROGRAM, FakeClock, Site, somebody_else, wait_for
 
 import bgtasks
 
@@ -423,6 +423,7 @@ def test_root_makes_no_state_in_a_folder_of_somebody_else(theirs):
 
 def test_another_user_is_refused_and_learns_nothing(theirs):
     give(theirs.folder, 0)
+    theirs.params.chmod(0o644)
     assert theirs.wake().returncode == 0
     done = wake_as(theirs)
     assert done.returncode == 77
@@ -529,3 +530,88 @@ def test_moments_that_a_task_may_give():
 def test_the_machine_allows_what_these_tests_need():
     assert os.geteuid() == 0, "run them as root: some drop to another user"
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 64
+
+
+# -- in this process: what ends by a signal leaves no measure of its coverage
+
+
+@pytest.fixture
+def runner(site, clock):
+    """A runner on a fake clock, with a task that is due now and one that never is."""
+    note(site, "a", schedule="every 1 h")
+    note(site, "manual", schedule="manual")
+    arguments = {"param_file": str(site.params), "cron_max_execution_time": "0"}
+    store = bgtasks.open_store(str(site.state))
+    told = []
+    settings = bgtasks.read_settings(arguments, "x")
+    runner = bgtasks.Runner(settings, store, clock, "cli", lambda kind, _: told.append(kind))
+    runner.told = told
+    yield runner
+    store.close()
+
+
+def test_a_runner_that_was_told_to_stop_starts_nothing(site, runner):
+    runner.stop_signal = signal.SIGTERM
+    runner._work()
+    assert runner.store.tasks() == []
+    assert noted(site) == []
+
+
+def test_a_signal_to_stop_is_passed_on_to_the_keepers(runner):
+    child = subprocess.Popen(["sleep", "60"])
+    signals = runner._catch_signals()
+    try:
+        runner.running = {child.pid: None}
+        runner.queue = [{}]
+        os.kill(os.getpid(), signal.SIGHUP)
+        runner._take_signals()
+    finally:
+        signals.close()
+    assert child.wait(10) == -signal.SIGTERM
+    assert (runner.stop_signal, runner.queue) == (signal.SIGHUP, [])
+
+
+def test_the_clock_set_back_plans_anew_what_follows_real_time(runner, clock):
+    runner.look()
+    before = runner.store.task("a")["next_run_at"]
+    clock.moment -= 7200
+    runner.look()
+    assert runner.told == ["clock"]
+    assert runner.store.task("a")["next_run_at"] == before - 3600 * 1 - 0 or before > clock.moment
+    assert runner.store.task("a")["next_run_at"] <= clock.moment + 3600
+    assert runner.store.task("manual")["next_run_at"] is None
+    assert runner.store.fact("steps") == "1"
+
+
+def test_a_claim_without_process_is_given_back(site, runner, monkeypatch):
+    def fail():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    runner.look()
+    monkeypatch.setattr(os, "fork", fail)
+    assert runner.start(runner.queue[0]) is None
+    runner._drain()
+    assert (runner.told, runner.queue) == (["trouble"], [])
+    assert runner.store.open_runs() == []
+    assert os.listdir(site.state / "runs") == []
+    assert len(runner.store.due(runner.clock.now())) == 1
+
+
+def test_a_lock_that_cannot_be_made_is_an_error(tmp_path, clock):
+    with pytest.raises(bgtasks.CreateError):
+        bgtasks.take_runner_lock(str(tmp_path), None, clock)
+
+
+def test_only_the_owner_of_the_state_may_work(tmp_path):
+    os.chown(tmp_path, 4321, 4321)
+    with pytest.raises(bgtasks.RefusedError, match="belongs to uid 4321, you are root"):
+        bgtasks.refuse_wrong_user(str(tmp_path))
+    with somebody_else(), pytest.raises(bgtasks.RefusedError, match="setuid"):
+        bgtasks.refuse_wrong_user(str(tmp_path))
+
+
+def test_no_folder_of_tasks_is_a_config_error(site):
+    shutil.rmtree(site.tasks)
+    done = site.wake()
+    assert done.returncode == 78
+    assert f"{site.tasks}: cannot read the folder of tasks" in done.stderr

@@ -210,3 +210,8 @@ def test_reading_settings_imports_nothing_slow(tmp_path):
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_an_empty_value_means_the_default_and_a_zone_is_kept(tmp_path):
+    found = settings(tmp_path, "cron_sleep =\ntimezone = Europe/Berlin")
+    assert (found.cron_sleep, found.timezone) == (2, "Europe/Berlin")

@@ -1,10 +1,13 @@
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
+from conftest import somebody_else
 from hypothesis import settings as hypothesis_settings
 from hypothesis import stateful
 from hypothesis import strategies as st
@@ -210,6 +213,17 @@ def test_a_write_into_a_file_that_was_taken_away_is_an_error(state, store, how):
         (state / "bgtasks.db").write_bytes(b"")
     with pytest.raises(StorageError, match="taken away"):
         add(store, "a")
+
+
+def test_a_file_that_may_not_be_written_is_refused():
+    folder = tempfile.mkdtemp()
+    store = open_store(os.path.join(folder, "state"))
+    store.close()
+    for path in (folder, os.path.join(folder, "state")):
+        os.chmod(path, 0o755)
+    with somebody_else(), pytest.raises(RefusedError, match="cannot be written"):
+        store.tasks()
+    shutil.rmtree(folder)
 
 
 def test_a_locked_file_is_busy(state, store):

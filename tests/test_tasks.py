@@ -178,6 +178,16 @@ def test_a_bad_block_is_named_with_its_line(site, look, text, words):
     assert all(word in found for word in words), found
 
 
+def test_a_block_without_end_at_the_end_of_the_file_is_named(site, look):
+    site.write("a.sh", "#!/bin/sh\n# /// script\n# x = 1", 0o755)
+    assert broken(look).startswith("a.sh:2: the block")
+
+
+def test_a_definition_that_cannot_be_read_is_broken(site, look):
+    site.write("a.toml", "x = \n")
+    assert broken(look).startswith("a.toml:1: ")
+
+
 def test_settings_must_be_utf_8(site, look):
     (site.tasks / "a.sh").write_bytes(b"#!/bin/sh\n# /// script\n# x = 1\n# y = '\xff'\n# ///\n")
     assert broken(look) == "a.sh:4: settings must be UTF-8"
@@ -190,8 +200,8 @@ def test_a_program_with_no_text_in_it_has_no_schedule(site, look):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("def run(task):\n  x = (", 6), ("x = '\0'", 0), ("(" * 5000, 0)],
-    ids=range(3),
+    [("def run(task):\n  x = (", 6), ("x = '\0'", 0), ("(" * 5000, 0), ("1" + "+1" * 99999, 0)],
+    ids=range(4),
 )
 def test_a_syntax_error_is_named_with_its_line(site, look, text, line):
     site.write("a.py", f"{BLOCK}\n{text}\n")

@@ -2178,7 +2178,7 @@ def _watch(brief: Brief, group: int, signals: Signals, clock: Clock) -> tuple[st
 def _cut_output(limit: int) -> None:
     """Give back the disk that the middle of an output takes which grew over its limit.
 
-    A hole leaves every byte in its place, so what is written meanwhile is not lost: fallocate(2)."""
+    A hole leaves every byte in its place, so nothing written meanwhile is lost: fallocate(2)."""
     info = os.fstat(1)
     if info.st_blocks * 512 <= max(limit, 2 * (HEAD_BYTES + TAIL_BYTES)):
         return
@@ -3268,8 +3268,8 @@ def main(argv: Sequence[str] | None = None, clock: Clock | None = None) -> int:
 def _complain(text: str, code: int) -> int:
     try:
         sys.stdout.flush()
-    except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until the process ends
+    except OSError:  # what could not be written must not fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     print(f"bgtasks: {text}", file=sys.stderr)
     return code
 
@@ -3279,7 +3279,6 @@ def _die_of(name: str) -> int:
     number = getattr(signal, name)
     signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more may be written
     os.kill(os.getpid(), number)
     return 128 + int(number)  # pragma: no cover (the process is gone)
 

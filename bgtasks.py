@@ -3294,7 +3294,7 @@ def _repair_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - lives as long as we do
-        elif hasattr(stream, "reconfigure"):
+        else:
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -525,6 +525,11 @@ def test_files_that_are_gone_are_nothing(tmp_path):
     bgtasks.remove_live_files(live)
 
 
+def test_files_of_a_run_that_cannot_be_made_are_an_error(tmp_path):
+    with pytest.raises(bgtasks.CreateError, match=str(tmp_path)):
+        bgtasks.new_live_files(str(tmp_path))
+
+
 def test_an_unfinished_note_is_none(tmp_path):
     (tmp_path / "x.keeper").write_bytes(b'{"began": 1}\n{"end": "", "sta')
     assert bgtasks.read_notes(str(tmp_path / "x")) == {"began": 1}

@@ -233,6 +233,16 @@ def test_a_locked_file_is_busy(state, store):
     other.close()
 
 
+def test_no_descriptor_left_is_told_from_no_permission(store, monkeypatch):
+    def fail(*_):
+        raise OSError(24, "Too many open files")
+
+    store.rows("SELECT 1")
+    monkeypatch.setattr(os, "open", fail)
+    error = store._explained(sqlite3.OperationalError("unable to open database file"))
+    assert isinstance(error, bgtasks.ProcessError)
+
+
 def test_a_bug_in_our_sql_stays_raw(store):
     with pytest.raises(sqlite3.OperationalError, match="syntax error"):
         store.rows("SELEKT 1")

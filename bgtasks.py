@@ -3304,6 +3304,8 @@ def _main(argv: Sequence[str], clock: Clock) -> int:
         return print_lines([HELP + option_help()])
     if "version" in flags:
         return print_lines([f"bgtasks {__version__}"])
+    if sys.platform == "win32":
+        raise UnavailableError("this version runs on Linux and other Unix systems only")
     refuse_bad_tz(os.environ)
     settings = read_settings(arguments, __file__)
     if not command and settings.status_only:
@@ -3369,9 +3371,7 @@ def wake_up_command(call: Invocation) -> int:
             return print_lines(f"would start {name}, due {iso(at)}" for name, at in planned)
         runner.wake_up()
         if settings.verbose:
-            lines = status_lines(status(settings, store, clock), clock.now(), screen_width())
-            root = ["running as root, to whom the state belongs"] if os.geteuid() == 0 else []
-            print_lines([*root, *lines])
+            print_status(call, status(settings, store, clock))
     return _left(runner)
 
 
@@ -3405,12 +3405,22 @@ def _teller(settings: Settings, clock: Clock) -> Tell:
     return tell
 
 
+def print_status(call: Invocation, found: Mapping[str, Any]) -> int:
+    """Print the status, under what an administrator should know of the installation."""
+    names = {task["name"] for task in found["tasks"]}
+    notes = ["running as root, to whom the state belongs"] if os.geteuid() == 0 else []
+    for name, overrides in call.settings.overrides.items():
+        if name not in names:
+            notes.append(f"{overrides[0].where}: there is no task {name!r}{nearest(name, names)}")
+    width = screen_width()
+    notes = [shortened(note, width or 10_000) for note in notes]
+    return print_lines([*notes, *status_lines(found, call.clock.now(), width)])
+
+
 def status_command(call: Invocation) -> int:
     with closing(open_for_reading(call.settings)) as store:
         found = status(call.settings, store, call.clock)
-    if "json" in call.flags:
-        return print_json(found)
-    return print_lines(status_lines(found, call.clock.now(), screen_width()))
+    return print_json(found) if "json" in call.flags else print_status(call, found)
 
 
 def _task_named(call: Invocation, store: Store, name: str) -> dict[str, Any]:

@@ -511,7 +511,7 @@ def test_modes_keep_others_out_whatever_the_umask(site, mask):
 
 
 def test_signals_that_the_caller_ignored_are_given_back_to_tasks(site):
-    site.shell("a", "grep -E 'Sig(Blk|Ign)' /proc/$$/status")
+    site.shell("a", "exec grep -E 'Sig(Blk|Ign)' /proc/self/status")
     caller = (
         "import os, signal, sys\n"
         "for name in ('SIGPIPE', 'SIGCHLD', 'SIGALRM', 'SIGUSR1'):\n"

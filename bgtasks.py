@@ -2648,13 +2648,16 @@ class Runner:
         while not self.stop_signal:
             if self.clock.monotonic() >= look_at:
                 self.look()
-                look_at = self.clock.monotonic() + self.settings.cron_sleep
+                pause = self.settings.cron_sleep if self._ends_at else float("inf")
+                look_at = self.clock.monotonic() + pause
             self._start_due()
             now = self.clock.monotonic()
             if (not self.queue) if self._ends_at is None else now >= self._ends_at:
                 return
-            look_at = min(look_at, now + self._due_in(now))
-            self._wait(min(look_at, self._ends_at or look_at) - now)
+            wake_at = now + self._due_in(now)
+            if self._ends_at and not self.queue:
+                look_at = min(look_at, wake_at)
+            self._wait(min(look_at, wake_at, self._ends_at or wake_at) - now)
             if self._reap() and not self.queue and self._ends_at:
                 look_at = now
 

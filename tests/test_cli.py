@@ -207,7 +207,7 @@ def test_status_as_json(site):
 
 def test_an_override_of_a_task_that_is_not_there_is_said_in_the_status(site):
     site.shell("backup", "")
-    site.params.write_text("node = here\ntask.bakcup.order = 5\n")
+    site.params.write_text("task.backup.order = 1\ntask.bakcup.order = 5\n")
     text = site.run("status").stdout
     assert f"{site.params}:2: there is no task 'bakcup' (did you mean 'backup'?)\n" in text
     assert text.startswith("running as root")

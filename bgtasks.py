@@ -1254,7 +1254,7 @@ def _has_run(content: bytes, file: str) -> bool:
     except SyntaxError as error:
         raise TaskError(f"{file}:{error.lineno or 1}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise TaskError(f"{file}: {error}") from None
+        raise TaskError(f"{file}: {str(error) or 'is nested too deeply'}") from None
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == "run":
             places = len(node.args.posonlyargs) + len(node.args.args)

@@ -522,7 +522,10 @@ def test_signals_that_the_caller_ignored_are_given_back_to_tasks(site):
     command = [sys.executable, "-c", caller, *site.command("--cron_max_execution_time=0")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[1] for line in site.log("a").splitlines()] == ["0" * 16] * 2
+    # glibc's posix_spawn() ignores two signals of its own, which nobody can set
+    settable = sum(1 << number - 1 for number in signal.valid_signals())
+    masks = [int(line.split()[1], 16) & settable for line in site.log("a").splitlines()]
+    assert masks == [0, 0]
 
 
 @pytest.mark.parametrize(

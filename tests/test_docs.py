@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def test_every_shipped_task_works(copy):
         assert done.returncode == 0, done.stderr
     backups = os.listdir(copy / "state" / "backups")
     assert len(backups) == 1
-    assert bgtasks.Store(str(copy / "state" / "backups" / backups[0])).task("uptime")["runs"] == 0
+    with closing(bgtasks.Store(str(copy / "state" / "backups" / backups[0]))) as backup:
+        assert backup.task("uptime")["runs"] == 0
 
 
 def test_the_backup_keeps_only_the_last_ones(copy):

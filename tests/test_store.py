@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import closing
 
 import pytest
 from conftest import somebody_else
@@ -158,8 +159,9 @@ def test_damage_is_found(state, store):
     content = bytearray((state / "bgtasks.db").read_bytes())
     content[4096 * 3 : 4096 * 3 + 200] = b"\xff" * 200
     (state / "bgtasks.db").write_bytes(content)
-    with pytest.raises(DataError, match="damaged"):
-        Store(str(state / "bgtasks.db")).check_integrity()
+    damaged = Store(str(state / "bgtasks.db"))
+    with closing(damaged), pytest.raises(DataError, match="damaged"):
+        damaged.check_integrity()
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -228,9 +230,8 @@ def test_a_file_that_may_not_be_written_is_refused():
 
 def test_a_locked_file_is_busy(state, store):
     other = Store(str(state / "bgtasks.db"), timeout=0.05)
-    with store, pytest.raises(BusyError, match="in use"):
+    with closing(other), store, pytest.raises(BusyError, match="in use"):
         add(other, "a")
-    other.close()
 
 
 def test_no_descriptor_left_is_told_from_no_permission(store, monkeypatch):

@@ -447,6 +447,15 @@ def test_who_has_no_name_works(theirs):
     assert theirs.rows("SELECT user FROM wakeup") == [{"user": "uid 54321"}]
 
 
+def test_a_state_that_may_not_be_written_is_refused(theirs):
+    assert wake_as(theirs).returncode == 0
+    (theirs.state / "bgtasks.db").chmod(0o400)
+    done = wake_as(theirs)
+    assert done.returncode == 77
+    assert "bgtasks.db: cannot be written" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_unsafe_folder_stops_the_wake_up(site):
     note(site, "a")
     site.tasks.chmod(0o777)

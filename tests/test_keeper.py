@@ -536,17 +536,19 @@ def test_an_unfinished_note_is_none(tmp_path):
 
 
 def test_a_number_given_to_another_process_is_told_apart():
-    me = os.getpgid(0)
-    boot = bgtasks.boot_id()
-    assert bgtasks.identity(os.getpid()).startswith(f"{boot}:")
+    leader = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    group, boot = leader.pid, bgtasks.boot_id()
+    assert bgtasks.identity(group).startswith(f"{boot}:")
     assert bgtasks.identity(99999999) == ""
-    assert bgtasks.group_members(me)
+    assert bgtasks.group_members(group) == [f"{group} (sleep)"]
     assert bgtasks.group_members(99999999) == []
-    assert bgtasks.task_lives({"group": [me, bgtasks.identity(me)]})
-    assert not bgtasks.task_lives({"group": [me, f"{boot}:1"]})
-    assert not bgtasks.task_lives({"group": [me, "another boot:1"]})
+    assert bgtasks.task_lives({"group": [group, bgtasks.identity(group)]})
+    assert not bgtasks.task_lives({"group": [group, f"{boot}:1"]})
+    assert not bgtasks.task_lives({"group": [group, "another boot:1"]})
     assert not bgtasks.task_lives({})
     bgtasks.signal_group(99999999, signal.SIGTERM)
+    bgtasks.signal_group(group, signal.SIGTERM)
+    assert leader.wait(timeout=10) == -signal.SIGTERM
 
 
 def test_perl_and_setsid_are_there():

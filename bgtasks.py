@@ -30,7 +30,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 
 __version__ = "0.1.0"
 
@@ -42,13 +42,19 @@ if TYPE_CHECKING:
     import difflib
     import faulthandler
     import fcntl
+    import getpass
     import grp
+    import hashlib
+    import hmac
     import json
     import pwd
     import re
     import resource
     import select
+    import shlex
+    import shutil
     import signal
+    import subprocess
     import threading
     import traceback
     import zlib
@@ -68,18 +74,9 @@ else:
             return getattr(module, attribute)
 
     for _name in (
-        "ast",
-        "difflib",
-        "faulthandler",
-        "fcntl",
-        "grp",
-        "json",
-        "pwd",
-        "re",
-        "resource",
-    ):
-        globals()[_name] = _Later(_name)
-    for _name in ("select", "signal", "threading", "traceback", "zlib", "zoneinfo"):
+        "ast difflib faulthandler fcntl getpass grp hashlib hmac json pwd re resource select shlex"
+        " shutil signal subprocess threading traceback zlib zoneinfo"
+    ).split():
         globals()[_name] = _Later(_name)
 
     class _Value(type):
@@ -169,9 +166,9 @@ class Clock:
         """Return seconds that only ever grow, the same for all processes since the boot."""
         return time.monotonic()
 
-    def wait(self, seconds: float, readable: Sequence[int] = ()) -> None:
-        """Wait until a descriptor of ``readable`` can be read, at most ``seconds``."""
-        select.select(readable, (), (), max(0.0, seconds))
+    def wait(self, seconds: float, readable: Sequence[int] = ()) -> bool:
+        """Wait at most ``seconds`` until a descriptor of ``readable`` can be read; tell if so."""
+        return bool(select.select(readable, (), (), max(0.0, seconds))[0])
 
 
 def iso(moment: float | None, zone: Any = None) -> str | None:
@@ -412,6 +409,12 @@ OPTIONS = (
     Option("tasks_dir", read_path, "tasks.d", "folder of the tasks"),
     Option("state_dir", read_path, "state", "folder of the state, on a local disk"),
     Option("maintenance_flag", read_path, "maintenance", "while this file exists nothing starts"),
+    Option("strict", read_boolean, "0", "end with 1 if a run of this wake-up failed"),
+    Option(
+        "max_interruptions", read_number(0, 1000), "3", "crashes in a row that pause a task; 0: no"
+    ),
+    Option("history_success_lifetime", read_duration, "28 d", "how long good runs are kept"),
+    Option("history_failure_lifetime", read_duration, "90 d", "how long other runs are kept"),
     Option("node", read_plain, "", "name of this machine; empty: as the machine calls itself"),
     Option("timezone", read_zone, "", "zone of the schedules, Europe/Berlin; empty: the machine's"),
     Option(
@@ -440,6 +443,7 @@ class Settings(NamedTuple):
     values: Mapping[str, Any]
     overrides: Mapping[str, tuple[Override, ...]]  # by task name
     secrets: tuple[str, ...]  # values to mask
+    doubled: tuple[str, ...]  # keys that stand twice, with both places
 
     def __getattr__(self, key: str) -> Any:
         try:
@@ -483,7 +487,13 @@ def read_settings(arguments: Mapping[str, str], script: str) -> Settings:
         raise ConfigError(f"{state[:-1]}: tasks_dir and state_dir must lie apart; set state_dir")
     found = (param.value for param in params if is_secret(param.key))
     secrets = tuple(value for value in found if len(value) >= SHORTEST_MASKED)
-    return Settings(values, overrides, secrets)
+    places: dict[str, str] = {}
+    doubled: list[str] = []
+    for param in (param for param in params if not param.where.startswith("--")):
+        if param.key in places:
+            doubled.append(f"{param.where}: {param.key} wins over the one in {places[param.key]}")
+        places[param.key] = param.where
+    return Settings(values, overrides, secrets, tuple(doubled))
 
 
 def _read_values(
@@ -667,9 +677,69 @@ class Schedule(NamedTuple):
         step = 60 if any(period % 60 == 0 for period in self.periods) else 1
         return now // step * step
 
+    def missed(self, slot: float, now: float) -> int:
+        """Return how many planned moments lie after ``slot``, up to ``now``: the missed ones.
+
+        Of fixed times no more than 1,000 are counted."""
+        if not self.rules:
+            return sum(
+                int((now - self.anchor) // p - (slot - self.anchor) // p) for p in self.periods
+            )
+        number, moment = 0, self.next_after(slot)
+        while moment is not None and moment <= now and number < 1000:
+            number, moment = number + 1, self.next_after(moment)
+        return number
+
+    def latest(self, moment: float) -> float | None:
+        """Return the last planned moment up to ``moment``, None if two years before have none."""
+        for seconds in (3600, _DAY, 8 * _DAY, 32 * _DAY, 732 * _DAY):
+            found, later = None, self.next_after(moment - seconds)
+            while later is not None and later <= moment:
+                found, later = later, self.next_after(later)
+            if found is not None:
+                return found
+        return None
+
     def first(self, now: float) -> float | None:
         """Return when a task that was never seen before is due; with `every`, it is already."""
         return self.anchor_for(now) if self.periods else self.next_after(now)
+
+
+class Window(NamedTuple):
+    """Hours in which a task may start, as minutes of the local day; equal ends: the whole day."""
+
+    start: int
+    end: int
+
+    def opens(self, zone: Zone, moment: float) -> float:
+        """Return ``moment`` if it lies in the window, else when the window opens next."""
+        local = zone.local(moment)
+        minutes = local.hour * 60 + local.minute - self.start
+        if self.start == self.end or minutes % 1440 < (self.end - self.start) % 1440:
+            return moment
+        opening = _daily(set(range(7)), f"{self.start // 60:02}:{self.start % 60:02}")
+        return walk(zone, Rule(opening, realtime=False), int(moment))
+
+
+def parse_window(text: str) -> Window:
+    """Return the hours of ``22:00-06:00``. Raises TaskError."""
+    start, dash, end = (part.strip(" ") for part in text.partition("-"))
+    if not dash:
+        raise TaskError(f"window: {shortened(text)!r}; write it as 22:00-06:00")
+    return Window(_minutes(start, "window"), _minutes("00:00" if end == "24:00" else end, "window"))
+
+
+def never_meets(schedule: Schedule, window: Window) -> bool:
+    """Tell whether no fixed time of a week (at least 60) lies in the window; `every` can wait."""
+    if not schedule.rules or schedule.periods or schedule.always:
+        return False
+    thursday = 1_767_225_600.0
+    moment, slots = schedule.next_after(thursday), 0
+    while moment is not None and (slots < 60 or moment < thursday + 8 * _DAY):
+        if window.opens(schedule.zone, moment) == moment:
+            return False
+        moment, slots = schedule.next_after(moment), slots + 1
+    return True
 
 
 def parse_schedule(
@@ -734,7 +804,7 @@ def _rule(text: str, seed: bytes) -> Rule:
     word, _, times = _ALIASES.get(text, text).partition(" ")
     names = {"daily": "sun-sat", "weekdays": "mon-fri", "weekends": "sat-sun"}.get(word, word)
     if ":" not in times and names == word:
-        return Rule(_cron(f"{word} {times}", seed), realtime="*" in (word[0], times[:1]))
+        return Rule(_cron(f"{word} {times}".strip(), seed), realtime="*" in (word[0], times[:1]))
     if not set(names.replace("-", ",").split(",")) <= set(_FIELDS[4].names.split()):
         raise _FIELDS[4].refused(word)
     days = {day % 7 for name in names.split(",") for day in _FIELDS[4].span(name)}
@@ -744,11 +814,16 @@ def _rule(text: str, seed: bytes) -> Rule:
 def _daily(days: set[int], times: str) -> Callable[[int], int]:
     week: list[int] = []  # seconds after a Thursday's 00:00, as the epoch was
     for text in times.split(","):
-        hour, minute = _number(text[:2]), _number(text[3:])
-        if len(text) != 5 or text[2] != ":" or not (0 <= hour < 24 and 0 <= minute < 60):
-            raise TaskError(f"schedule: time {shortened(text)!r}; allowed are 00:00 to 23:59")
-        week.extend((day - 4) * _DAY + hour * 3600 + minute * 60 for day in days)
+        week.extend((day - 4) * _DAY + _minutes(text, "schedule") * 60 for day in days)
     return lambda reading: reading + 1 + min((t - reading - 1) % (7 * _DAY) for t in week)
+
+
+def _minutes(text: str, what: str) -> int:
+    """Return the minutes of the day of a time such as ``07:30``."""
+    hour, minute = _number(text[:2]), _number(text[3:])
+    if len(text) != 5 or text[2] != ":" or not (0 <= hour < 24 and 0 <= minute < 60):
+        raise TaskError(f"{what}: time {shortened(text)!r}; allowed are 00:00 to 23:59")
+    return hour * 60 + minute
 
 
 class Field(NamedTuple):
@@ -845,25 +920,10 @@ IGNORED = {
     "left by a package manager": (".dpkg-new", ".dpkg-old", ".dpkg-dist", ".rpmnew", ".rpmsave"),
     "no program": (".md", ".rst", ".txt", ".pyc", "readme", "license", "makefile"),
 }
-RESERVED_NAMES = (
-    "con",
-    "prn",
-    "aux",
-    "nul",
-    *(f"{d}{n}" for d in ("com", "lpt") for n in range(10)),
+RESERVED_NAMES = ("con prn aux nul " + " ".join(f"com{n} lpt{n}" for n in range(10))).split()
+INTERPRETERS = {"sh": "sh", "bash": "bash", "pl": "perl", "rb": "ruby", "php": "php"} | (
+    {"js": "node", "lua": "lua", "r": "Rscript", "ps1": "pwsh -File"}
 )
-INTERPRETERS = {
-    ".sh": ("sh",),
-    ".bash": ("bash",),
-    ".pl": ("perl",),
-    ".rb": ("ruby",),
-    ".php": ("php",),
-    ".js": ("node",),
-    ".lua": ("lua",),
-    ".r": ("Rscript",),
-    ".ps1": ("pwsh", "-File"),
-}
-
 
 Row = Mapping[str, Any]  # as the store returns it
 
@@ -926,6 +986,21 @@ def read_words(value: Any) -> list[str]:
     return [str(read_text(item)) for item in read_list(value)]
 
 
+def read_window(value: Any) -> str:
+    parse_window(read_text(value))
+    return str(value)
+
+
+def read_nodes(value: Any) -> list[str]:
+    return read_words(value) if isinstance(value, list) else list(read_names(read_text(value)))
+
+
+def read_wakeups(value: Any) -> list[str]:
+    if not value or not set(read_words(value)) <= {"cli", "web"}:
+        raise ValueError('must be a list of "cli" and "web"')
+    return list(value)
+
+
 def read_environment(value: Any) -> dict[str, str]:
     for name, text in read_table(value).items():
         if not isinstance(text, str) or "=" in name or name.startswith("BGTASKS_"):
@@ -961,6 +1036,15 @@ TASK_SETTINGS: Mapping[str, tuple[Callable[[Any], Any], Any]] = {
     "deadline": (read_seconds, None),
     "timeout": (read_seconds, 86400.0),
     "on_interrupt": (read_choice("wait", "again"), "wait"),
+    "window": (read_window, ""),
+    "nodes": (read_nodes, ["one"]),
+    "wakeup": (read_wakeups, ["cli", "web"]),
+    "after": (read_words, []),
+    "missed_after": (read_seconds, None),
+    "retries": (whole_number(0, 1000), 3),
+    "retry_delay": (read_seconds, 60.0),
+    "pause_after_failures": (whole_number(0, 1_000_000), 0),
+    "history_lifetime": (read_seconds, None),
     "maximum": (whole_number(1, 1_000_000_000), None),
     "options": (read_table, {}),
     "settings": (read_setting_names, []),
@@ -1202,24 +1286,54 @@ def _checked(raw: Mapping[str, Any], task: Task, settings: Settings) -> dict[str
         if key not in TASK_SETTINGS:
             hint = nearest(key, TASK_SETTINGS)
             raise TaskError(f"{task.file}: there is no setting {shortened(key)!r}{hint}")
+    overrides = settings.overrides.get(task.name, ())
+    places = {override.path.partition(".")[0]: override.where for override in overrides}
     values: dict[str, Any] = {}
     for key, (read, default) in TASK_SETTINGS.items():
         try:
             values[key] = read(raw[key]) if key in raw else default
+        except TaskError as error:
+            raise TaskError(f"{places.get(key, task.file)}: {error}") from None
         except (ValueError, TypeError) as error:
-            raise TaskError(f"{task.file}: {key}: {error}") from None
+            raise TaskError(f"{places.get(key, task.file)}: {key}: {error}") from None
     if not values["schedule"]:
-        text = (
-            'has no schedule; add "# /// script", "# [tool.bgtasks]", "# schedule = ...", "# ///"'
-        )
-        raise TaskError(f"{task.file}: {text}")
+        text = '"# /// script", "# [tool.bgtasks]", "# schedule = ...", "# ///"'
+        raise TaskError(f"{task.file}: has no schedule; add {text}")
     try:
-        schedule_of(values, settings, task.name)
+        schedule = schedule_of(values, settings, task.name)
     except MissingPackageError:
         raise
     except TaskError as error:
-        raise TaskError(f"{task.file}: {error}") from None
+        key = str(error).partition(":")[0]
+        raise TaskError(f"{places.get(key, task.file)}: {error}") from None
+    if values["window"] and never_meets(schedule, parse_window(values["window"])):
+        text = f"window: {values['window']} never meets the schedule {schedule.text!r}"
+        raise TaskError(f"{places.get('window', task.file)}: {text}; change one of them")
     return values
+
+
+def with_after_errors(tasks: Iterable[Task]) -> list[Task]:
+    """Return the tasks that `after` makes broken, or no longer does: an unknown name, a circle."""
+    known = {task.name: task for task in tasks if task.file}
+    changed: list[Task] = []
+    for task in known.values():
+        names = task.settings.get("after", ())
+        error, seen, rest = "", set[str](), list(names)
+        while rest:
+            name = rest.pop()
+            if name == task.name:
+                error = f"{task.file}: after: {', '.join(names)}: is a circle; take a name out"
+            elif name not in seen and name in known:
+                seen.add(name)
+                rest += known[name].settings.get("after", ())
+        for name in names:
+            if name not in known:
+                hint = nearest(name, known)
+                error = f"{task.file}: after: there is no task {shortened(name)!r}{hint}"
+        ours = task.error.startswith(f"{task.file}: after: ")
+        if (ours or not task.error) and error != task.error:
+            changed.append(task._replace(error=error))
+    return changed
 
 
 def schedule_of(
@@ -1237,13 +1351,13 @@ def _argv(path: str, content: bytes) -> tuple[str, ...]:
     if suffix == ".py":
         return () if _has_run(content, file) else (sys.executable, path)
     shebang = content[:2] == b"#!"
-    if os.access(path, os.X_OK) and (shebang or suffix not in INTERPRETERS):
+    if os.access(path, os.X_OK) and (shebang or suffix[1:] not in INTERPRETERS):
         return (path,)
     if shebang:  # FTP loses the x bit
         line = content[2:].split(b"\n", 1)[0].decode("utf-8", "surrogateescape")
         return (*line.strip().split(None, 1), path)
-    if suffix in INTERPRETERS:
-        return (*INTERPRETERS[suffix], path)
+    if suffix[1:] in INTERPRETERS:
+        return (*INTERPRETERS[suffix[1:]].split(), path)
     raise TaskError(f"{file}: cannot tell how to start it; chmod +x it, or begin it with #!")
 
 
@@ -1274,6 +1388,8 @@ FAILURES = (FAILED, TIMED_OUT)
 APPLICATION_ID = int.from_bytes(b"bgts", "big")
 OLDEST_SQLITE = (3, 26)
 WAKEUPS_KEPT = 200
+HISTORY_BYTES = 100_000_000
+REMOVED = "[removed, as the history was too large]\n"
 
 # The length of this tuple is the version of the file (`user_version`). An entry that was released
 # is never changed; each is applied in one transaction.
@@ -1347,10 +1463,30 @@ MIGRATIONS = (
     -- 'steps': how often the clock was set back; 'boot': in which the locks were tested
     CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL);
     """,
+    """
+    ALTER TABLE task ADD COLUMN "after" INTEGER NOT NULL DEFAULT 0;  -- manual, and follows others
+    ALTER TABLE task ADD COLUMN not_before REAL;       -- after a failure: the next try
+    ALTER TABLE task ADD COLUMN last_good_end_at REAL; -- the end of the last run that succeeded
+    ALTER TABLE task ADD COLUMN deferred INTEGER NOT NULL DEFAULT 0;       -- wake-ups without time
+    ALTER TABLE task ADD COLUMN interruptions INTEGER NOT NULL DEFAULT 0;  -- crashes in a row
+    ALTER TABLE run ADD COLUMN missed_slots INTEGER NOT NULL DEFAULT 0;    -- that it stands for
+    -- what was cut short and nobody has seen yet
+    CREATE INDEX run_unseen ON run (task) WHERE outcome = 'interrupted' AND acknowledged_at IS NULL;
+    -- why a task did not run though it was due: in how many wake-ups, from when to when
+    CREATE TABLE skip (
+        task TEXT NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL,
+        count INTEGER NOT NULL, first_at REAL NOT NULL, last_at REAL NOT NULL,
+        PRIMARY KEY (task, reason, first_at)
+    );
+    CREATE INDEX event_by_task ON event (task, id);
+    -- who may wake it and change something; once there is one, nobody else may
+    CREATE TABLE admin (login TEXT PRIMARY KEY, hash TEXT NOT NULL, added_at REAL NOT NULL);
+    """,
 )
 # what its schedule may start at :now
 STARTABLE = """file <> '' AND error = '' AND enabled
-               AND (paused_at IS NULL OR paused_until <= :now)"""
+               AND (paused_at IS NULL OR paused_until <= :now)
+               AND coalesce(not_before, 0) <= :now"""
 
 
 class Store:
@@ -1442,7 +1578,7 @@ class Store:
     def _prepared(self, db: sqlite3.Connection) -> sqlite3.Connection:
         try:
             db.row_factory = sqlite3.Row
-            if self._version(db) < len(MIGRATIONS):
+            if self._identity is None and self._version(db) < len(MIGRATIONS):
                 _migrate(db)
             # PERSIST can still record on a full disk and notices a file that was taken away; it is
             # not kept in the file: https://www.sqlite.org/pragma.html#pragma_journal_mode
@@ -1478,7 +1614,10 @@ class Store:
         text = str(error)
         if "locked" in text or "busy" in text:
             return BusyError(f"{self.path}: in use by another program for too long; try again")
-        if any(word in text for word in ("not a database", "image is malformed", "corrupt")):
+        if any(
+            word in text
+            for word in ("not a database", "image is malformed", "malformed database", "corrupt")
+        ):
             return DataError(f"{self.path}: is damaged ({text}); restore it from a backup")
         if not self._is_in_place():
             return StorageError(f"{self.path}: was taken away while in use; put it back")
@@ -1535,60 +1674,63 @@ class Store:
             "enabled": task.settings.get("enabled", True),
             "order": task.settings.get("order", 100),
             "group": task.settings.get("group", "default"),
+            "after": bool(task.settings.get("after")) and task.settings["schedule"] == "manual",
         }
         self.put("task", {**values, **planned}, "name")
 
-    def forget_file(self, name: str) -> None:
-        self.execute("UPDATE task SET file = '', fingerprint = '' WHERE name = ?", (name,))
+    def change(self, name: str, **columns: Any) -> None:
+        """Set columns of a task."""
+        if columns:
+            sets = ", ".join(f'"{column}" = :{column}' for column in columns)
+            self.execute(f"UPDATE task SET {sets} WHERE name = :name", {**columns, "name": name})  # noqa: S608 - names of ours
 
     def due(self, now: float) -> list[Row]:
-        """Return the tasks that may start now, without those that have an open run."""
+        """Return the tasks that are due or may be, also those that something holds back.
+
+        `running_since` is the start of a task's open run."""
         return self.rows(
-            f"""
-            SELECT * FROM task
-            WHERE (next_run_at <= :now OR extra_at <= :now OR always) AND {STARTABLE}
-              AND NOT EXISTS (SELECT 1 FROM run WHERE task = name AND ended_at IS NULL)
-            """,  # noqa: S608 - a constant of ours
+            """
+            SELECT *, (SELECT started_at FROM run WHERE task = name AND ended_at IS NULL)
+                AS running_since
+            FROM task
+            WHERE (next_run_at <= :now OR extra_at <= :now OR always OR "after") AND file <> ''
+            """,
             {"now": now},
         )
 
     def next_due(self, now: float) -> float | None:
-        """Return the next slot after ``now``, or None if nothing is planned."""
+        """Return the next moment after ``now`` at which something may start, or None."""
         found = self.row(
-            f"SELECT min(next_run_at) AS at FROM task WHERE next_run_at > :now AND {STARTABLE}",  # noqa: S608 - a constant of ours
+            """
+            SELECT min(at) AS at FROM (
+                SELECT max(next_run_at, coalesce(not_before, 0)) AS at, * FROM task
+                UNION ALL SELECT max(extra_at, coalesce(not_before, 0)) AS at, * FROM task)
+            WHERE at > :now AND file <> '' AND error = '' AND enabled
+              AND (paused_at IS NULL OR paused_until <= :now)
+            """,
             {"now": now},
         )
         return found["at"] if found else None
 
-    def plan(self, name: str, next_run_at: float, was: float) -> None:
+    def plan(self, name: str, next_run_at: float | None, was: float) -> None:
         """Move the next slot of a task, unless somebody else moved it since it ``was`` read."""
         self.execute(
             "UPDATE task SET next_run_at = ? WHERE name = ? AND next_run_at = ?",
             (next_run_at, name, was),
         )
 
-    def pause(self, name: str, by: str, now: float, until: float | None, note: str) -> None:
-        with self:
-            self.execute(
-                """
-                UPDATE task SET paused_at = ?, paused_by = ?, paused_until = ?, paused_note = ?
-                WHERE name = ?
-                """,
-                (now, by, until, note, name),
-            )
-            self.put("event", {"at": now, "task": name, "by": by, "what": f"paused {note}".strip()})
+    def note_event(self, name: str, by: str, now: float, what: str) -> None:
+        """Note who did what to a task, or to no task in particular if ``name`` is empty."""
+        self.put("event", {"at": now, "task": name, "by": by, "what": what})
 
-    def resume(self, name: str, by: str, now: float) -> None:
-        with self:
-            self.execute(
-                """
-                UPDATE task
-                SET paused_at = NULL, paused_by = NULL, paused_until = NULL, paused_note = NULL
-                WHERE name = ?
-                """,
-                (name,),
-            )
-            self.put("event", {"at": now, "task": name, "by": by, "what": "resumed"})
+    def events(self, name: str, count: int) -> list[Row]:
+        """Return what was done to a task, newest first."""
+        sql = "SELECT * FROM event WHERE task = ? ORDER BY id DESC LIMIT ?"
+        return self.rows(sql, (name, count))
+
+    def skips(self, name: str) -> list[Row]:
+        """Return why a task did not run though it was due, the latest reason first."""
+        return self.rows("SELECT * FROM skip WHERE task = ? ORDER BY last_at DESC", (name,))
 
     # -- runs
 
@@ -1605,7 +1747,7 @@ class Store:
                     UPDATE task
                     SET next_run_at =
                             CASE WHEN :slot IS NULL THEN next_run_at ELSE :next_run_at END,
-                        last_slot = coalesce(:slot, last_slot),
+                        deferred = 0, last_slot = coalesce(:slot, last_slot),
                         extra_at = CASE WHEN coalesce(:slot, :extra_at) IS NULL THEN extra_at END,
                         extra_trigger =
                             CASE WHEN coalesce(:slot, :extra_at) IS NULL THEN extra_trigger END,
@@ -1615,6 +1757,7 @@ class Store:
                       AND (:slot IS NULL OR next_run_at = :slot)
                       AND (:extra_at IS NULL OR extra_at = :extra_at)
                       AND (:trigger = 'hand' OR ({STARTABLE}))
+                      AND (:trigger <> 'after' OR last_started_at IS :last_started_at)
                     """,  # noqa: S608 - a constant of ours
                     claim,
                 )
@@ -1623,9 +1766,9 @@ class Store:
                 return self.execute(
                     """
                     INSERT INTO run (task, slot, steps, planned_at, started_at, deadline_at,
-                                     trigger, node, live)
+                                     trigger, node, live, missed_slots)
                     VALUES (:task, :slot, :steps, :planned_at, :now, :deadline_at,
-                            :trigger, :node, :live)
+                            :trigger, :node, :live, :missed_slots)
                     """,
                     claim,
                 ).lastrowid
@@ -1640,6 +1783,28 @@ class Store:
                 claim,
             )
             return None
+
+    def miss(self, claim: Row) -> None:
+        """Record that a slot came too late to run, and move the task to its next one."""
+        with self:
+            moved = self.execute(
+                """
+                UPDATE task SET next_run_at = :next_run_at, last_slot = :slot
+                WHERE name = :task AND next_run_at = :slot
+                """,
+                claim,
+            )
+            if moved.rowcount:
+                self.execute(
+                    """
+                    INSERT INTO run (task, slot, steps, planned_at, started_at, deadline_at,
+                                     ended_at, outcome, reason, trigger, node, live, missed_slots)
+                    VALUES (:task, :slot, :steps, :planned_at, :now, :now, :now, 'missed', :reason,
+                            :trigger, :node, :live, :missed_slots)
+                    ON CONFLICT DO NOTHING
+                    """,
+                    claim,
+                )
 
     def give_back(self, claim: Row) -> None:
         """Undo a claim whose run could not be started."""
@@ -1656,10 +1821,10 @@ class Store:
                 claim,
             )
 
-    def finish(self, run: int, end: Row) -> Row | None:
+    def finish(self, run: int, end: Row, follows: Row) -> Row | None:
         """Write down how a run ended; return its row, or None if that was done before.
 
-        ``end["again"]`` is the trigger of an extra start that should follow, if any."""
+        ``follows`` are the columns of the task that change with it."""
         values = {**end, "run": run}
         with self:
             changed = self.execute(
@@ -1681,6 +1846,8 @@ class Store:
                     last_ended_at = (SELECT ended_at FROM run WHERE id = :run),
                     last_success_at = CASE WHEN :outcome IN ('done', 'nothing')
                         THEN last_started_at ELSE last_success_at END,
+                    last_good_end_at = CASE WHEN :outcome IN ('done', 'nothing')
+                        THEN (SELECT ended_at FROM run WHERE id = :run) ELSE last_good_end_at END,
                     failures = failures + (:outcome IN ('failed', 'timed_out')),
                     consecutive_failures = CASE
                         WHEN :outcome IN ('failed', 'timed_out') THEN consecutive_failures + 1
@@ -1691,16 +1858,17 @@ class Store:
                     min_seconds = coalesce(min(min_seconds, :seconds), min_seconds, :seconds),
                     max_seconds = coalesce(max(max_seconds, :seconds), max_seconds, :seconds),
                     total_seconds = total_seconds + coalesce(:seconds, 0),
-                    volume = volume + coalesce(:volume, 0),
-                    state = coalesce(:state, state),
-                    next_run_at = coalesce(:next_run_at, next_run_at),
-                    extra_at = CASE WHEN :again IS NULL THEN extra_at ELSE :now END,
-                    extra_trigger = coalesce(:again, extra_trigger)
+                    volume = volume + coalesce(:volume, 0)
                 WHERE name = (SELECT task FROM run WHERE id = :run)
                 """,
                 values,
             )
-            return self.run(run)
+            (finished,) = self.rows("SELECT * FROM run WHERE id = ?", (run,))
+            self.change(finished["task"], **follows)
+            if follows.get("paused_note"):
+                what = f"paused; {follows['paused_note']}"
+                self.note_event(finished["task"], "bgtasks", values["now"], what)
+            return finished
 
     def open_runs(self) -> list[Row]:
         return self.rows("SELECT * FROM run WHERE ended_at IS NULL")
@@ -1714,6 +1882,25 @@ class Store:
         return self.rows(
             f"SELECT * FROM run {where} ORDER BY id DESC LIMIT :count",  # noqa: S608 - ours
             {"task": task, "count": count},
+        )
+
+    def unseen(self) -> dict[str, int]:
+        """Return how many runs were interrupted that nobody has acknowledged, by task."""
+        found = self.rows(
+            """
+            SELECT task, count(*) AS number FROM run
+            WHERE outcome = 'interrupted' AND acknowledged_at IS NULL GROUP BY task
+            """
+        )
+        return {row["task"]: row["number"] for row in found}
+
+    def acknowledge(self, task: str, now: float) -> None:
+        self.execute(
+            """
+            UPDATE run SET acknowledged_at = ?
+            WHERE task = ? AND outcome = 'interrupted' AND acknowledged_at IS NULL
+            """,
+            (now, task),
         )
 
     def usual_seconds(self, task: str) -> float | None:
@@ -1736,25 +1923,115 @@ class Store:
 
     # -- wake-ups
 
-    def write_wakeup(self, values: Mapping[str, Any]) -> int:
-        """Note a wake-up, or how it went on, and return its number; only the last are kept."""
+    def write_wakeup(
+        self, values: Mapping[str, Any], skips: Iterable[Row] = (), deferred: Iterable[str] = ()
+    ) -> int:
+        """Note a wake-up, or how it went on, and return its number; only the last are kept.
+
+        With it goes why due tasks did not start: a reason counts on since the task last ran."""
         with self:
             number = self.put("wakeup", values)
             self.execute("DELETE FROM wakeup WHERE id <= ?", (number - WAKEUPS_KEPT,))
+            for skip in skips:
+                longer = self.execute(
+                    """
+                    UPDATE skip SET count = count + 1, last_at = :last_at, detail = :detail
+                    WHERE task = :task AND reason = :reason AND first_at =
+                        (SELECT max(first_at) FROM skip WHERE task = :task AND reason = :reason)
+                      AND first_at >= coalesce(
+                        (SELECT last_started_at FROM task WHERE name = :task), 0)
+                    """,
+                    skip,
+                )
+                if not longer.rowcount:
+                    self.put("skip", {**skip, "count": 1}, "task, reason, first_at")
+            for name in deferred:
+                self.execute("UPDATE task SET deferred = deferred + 1 WHERE name = ?", (name,))
             return number
+
+    def wakeups(self, count: int) -> list[Row]:
+        """Return the last wake-ups, newest first."""
+        return self.rows("SELECT * FROM wakeup ORDER BY id DESC LIMIT ?", (count,))
 
     def last_seen(self) -> float:
         """Return the latest wall time that the last wake-up noted; 0 if there was none."""
-        last = self.last_wakeup()
+        last = next(iter(self.wakeups(1)), None)
         return max(last["started_at"], last["ended_at"] or 0) if last else 0.0
 
     def last_wakeup(self) -> Row | None:
-        return self.row("SELECT * FROM wakeup ORDER BY id DESC LIMIT 1")
+        """Return the last wake-up that was not made by hand."""
+        sql = "SELECT * FROM wakeup WHERE trigger <> 'hand' ORDER BY id DESC LIMIT 1"
+        return self.row(sql)
+
+    # -- administrators
+
+    def admins(self) -> dict[str, str]:
+        """Return the password hashes of the administrators, by login."""
+        return {row["login"]: row["hash"] for row in self.rows("SELECT * FROM admin")}
+
+    def write_admin(self, login: str, hashed: str, by: str, now: float) -> None:
+        """Register an administrator, or give one a new password; without a hash, remove it."""
+        with self:
+            if hashed:
+                self.put("admin", {"login": login, "hash": hashed, "added_at": now}, "login")
+            else:
+                self.execute("DELETE FROM admin WHERE login = ?", (login,))
+            done = "registered" if hashed else "removed"
+            self.note_event("", by, now, f"administrator {login} {done}")
+
+    # -- old history
+
+    def size(self) -> int:
+        """Return the bytes in use in the file."""
+        found = self.row(
+            """
+            SELECT page_size * (page_count - freelist_count) AS size FROM
+                pragma_page_size, pragma_page_count, pragma_freelist_count
+            """
+        )
+        return int(found["size"]) if found else 0
+
+    def clean(self, after: int, lifetime: Callable[[Row], float], now: float) -> tuple[int, int]:
+        """Remove a bite of the runs behind number ``after`` that are older than their ``lifetime``.
+
+        Return the last number that was looked at, 0 at the end, and how many were removed. The last
+        20 runs of each task stay. If the file is too large, of older ones nothing stays, and of the
+        oldest of these no output."""
+        found = self.rows(
+            """
+            SELECT id, task, outcome, ended_at, length(output) AS size,
+                (SELECT id FROM run AS young WHERE young.task = run.task
+                 ORDER BY id DESC LIMIT 1 OFFSET 19) AS kept_from
+            FROM run WHERE id > ? ORDER BY id LIMIT 50
+            """,
+            (after,),
+        )
+        large, gone, blank = self.size() > HISTORY_BYTES, list[int](), list[int]()
+        for row in (row for row in found if row["ended_at"] is not None):
+            if row["id"] < (row["kept_from"] or 0):
+                if large or row["ended_at"] + lifetime(row) < now:
+                    gone.append(row["id"])
+            elif large and row["size"] > len(REMOVED):
+                blank.append(row["id"])
+        if gone or blank:
+            with self:
+                for number in gone:
+                    self.execute("DELETE FROM run WHERE id = ?", (number,))
+                for number in blank:
+                    self.execute("UPDATE run SET output = ? WHERE id = ?", (REMOVED, number))
+        return found[-1]["id"] if len(found) == 50 else 0, len(gone)
+
+    def end_cleaning(self, cursor: int, skips_before: float) -> None:
+        """Note where the next cleaning goes on, and forget old reasons."""
+        with self:
+            self.put("fact", {"name": "cleaned", "value": str(cursor)}, "name")
+            self.execute("DELETE FROM skip WHERE last_at < ?", (skips_before,))
 
 
 def task_from(row: Row) -> Task:
-    """Return a task as the store remembers it."""
+    """Return a task as the store remembers it; what an older version did not know has defaults."""
     script, argv, settings = json.loads(row["definition"])
+    settings = {**{key: default for key, (_, default) in TASK_SETTINGS.items()}, **settings}
     error = row["error"]
     return Task(row["name"], row["file"], row["fingerprint"], script, tuple(argv), settings, error)
 
@@ -1830,6 +2107,7 @@ class Brief(NamedTuple):
 
     task: Task
     live: str  # path of the files of the run, without suffix
+    runner: tuple[int, str]  # its process and identity
     tasks_dir: str
     started: float  # on the monotonic clock
     deadline: float  # on the monotonic clock
@@ -1867,13 +2145,20 @@ class Signals:
         os.close(self._writable)
 
 
-def reset_signals() -> None:
-    """Give all signals their default action, whatever we or our caller had set or blocked."""
+def reset_signals(numbers: Iterable[int] | None = None) -> None:
+    """Give signals their default action, all of them if none are named; none is blocked."""
     signal.set_wakeup_fd(-1)
+    for number in altered_signals() if numbers is None else numbers:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        if signal.getsignal(number) not in (signal.SIG_DFL, None):
-            signal.signal(number, signal.SIG_DFL)
+
+
+@cache
+def altered_signals() -> list[int]:
+    """Return the signals that have another action, by our caller or us; asking each takes long."""
+    ours = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    others = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP} - ours
+    return [*ours, *(n for n in others if signal.getsignal(n) not in (signal.SIG_DFL, None))]
 
 
 def signal_name(number: int) -> str:
@@ -1975,7 +2260,7 @@ def read_bytes(path: str, at_most: int = -1) -> bytes:
             if at_most > 0:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - at_most))
             return file.read(at_most)
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # in /proc the latter, between open and read
         return b""
 
 
@@ -2040,11 +2325,12 @@ def process_stat(pid: int) -> list[str]:
 
 
 def identity(pid: int) -> str:
-    """Return what tells a process from a later one with the same number; empty if it is gone."""
+    """Return what tells a process from a later one with the same number; empty if it has ended."""
     process = process_stat(pid)
-    return f"{boot_id()}:{process[20]}" if process else ""
+    return f"{boot_id()}:{process[20]}" if process and process[1] not in "ZX" else ""
 
 
+@cache
 def boot_id() -> str:
     """Return what tells this boot of the machine from others, or empty text if nothing does."""
     return read_bytes("/proc/sys/kernel/random/boot_id").decode().strip()
@@ -2075,6 +2361,13 @@ def task_lives(notes: Mapping[str, Any]) -> bool:
     if not group or noted.partition(":")[0] != boot_id():
         return False
     return identity(group) in ("", noted) and bool(group_members(group))
+
+
+def signal_process(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # it ended meanwhile
+        pass
 
 
 def signal_group(group: int, number: int) -> None:
@@ -2118,7 +2411,8 @@ def keep(brief: Brief, output: int, clock: Clock) -> int:
     _keep_only(output)
     signals = Signals(signal.SIGCHLD, signal.SIGTERM)
     notes = append_to(brief.live + ".keeper")
-    note(notes, keeper=[os.getpid(), identity(os.getpid())], began=brief.started)
+    me = os.getpid()
+    note(notes, keeper=[me, identity(me)], runner=brief.runner, began=brief.started)
     try:
         group = fork(lambda: task_side(brief, notes, clock))
     except OSError as error:  # pragma: no cover (a system that gave one process, but not two)
@@ -2126,7 +2420,7 @@ def keep(brief: Brief, output: int, clock: Clock) -> int:
         return EXIT_SYSTEM
     verdict, status, peak = _watch(brief, group, signals, clock)
     seconds = clock.monotonic() - brief.started
-    left = _clear_group(group, LEFTOVER_SECONDS, clock)
+    left = clear_group(group, LEFTOVER_SECONDS, clock)
     note(notes, end=verdict, status=status, peak=peak, left=left, seconds=seconds)
     for fd in (1, 2):  # what still holds the lock now has left the group
         os.dup2(0, fd)
@@ -2195,9 +2489,9 @@ def _cut_output(limit: int) -> None:
         os.write(1, b"\n[... cut at output_limit ...]\n")
 
 
-def _clear_group(group: int, seconds: float, clock: Clock) -> list[str]:
+def clear_group(group: int, seconds: float, clock: Clock) -> list[str]:
     """End what a task process left behind in its group; return what that was."""
-    left = group_members(group)
+    left = group_members(group) if group else []
     if left:
         signal_group(group, signal.SIGTERM)
         until = clock.monotonic() + seconds
@@ -2211,7 +2505,7 @@ def end_orphan(live: str, group: int, clock: Clock) -> int:
     """End a run past its timeout whose keeper is dead, and note it in the keeper's place."""
     os.setsid()
     reset_signals()
-    _clear_group(group, GRACE_SECONDS, clock)
+    clear_group(group, GRACE_SECONDS, clock)
     note(append_to(live + ".keeper"), end=TIMED_OUT)
     return EXIT_OK
 
@@ -2224,8 +2518,12 @@ def task_side(brief: Brief, notes: int, clock: Clock) -> int:
 
     It notes the exit itself, so that the true end is known even if the keeper was killed."""
     os.setpgid(0, 0)
-    reset_signals()
+    reset_signals((signal.SIGCHLD, signal.SIGTERM))  # the keeper has reset the others
     note(notes, group=[os.getpid(), identity(os.getpid())])
+    # by hand as after a wake-up by cron; the first entry is the folder of this file
+    caller = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    callers = {os.path.abspath(path) for path in caller if path}
+    sys.path[1:] = [path for path in sys.path[1:] if path not in callers]
     os.chdir(brief.tasks_dir)
     code, reason = _run_program(brief, notes) if brief.task.argv else _run_python(brief, clock)
     note(notes, exit=code, reason=reason, seconds=clock.monotonic() - brief.started)
@@ -2240,14 +2538,17 @@ def _limit(settings: Mapping[str, Any]) -> None:
 
 
 def _run_program(brief: Brief, notes: int) -> tuple[int, str]:
-    # what ends the group must not end the one who notes how the program ended
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # what ends the group must not end the one who notes how the program ended; blocked, it is lost
+    # neither on us before the fork nor on the program before it has started
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     pid = fork(lambda: _exec_program(brief, notes))
+    if signal.SIGTERM in signal.sigpending():
+        signal_process(pid, signal.SIGTERM)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), ""
 
 
 def _exec_program(brief: Brief, notes: int) -> int:
-    reset_signals()
+    reset_signals((signal.SIGTERM,))
     argv = brief.task.argv
     try:
         if brief.task.script:
@@ -2309,7 +2610,7 @@ def _load(brief: Brief) -> Callable[[TaskContext], object]:
 
 
 def _join_threads() -> None:
-    for thread in threading.enumerate():
+    for thread in threading.enumerate() if "threading" in sys.modules else ():
         if not thread.daemon and thread is not threading.main_thread():
             thread.join()
 
@@ -2427,6 +2728,8 @@ def read_end(
         return None
     report = read_report(live)
     outcome, reason = _judge(notes, report)
+    if outcome in FAILURES and report.keys() & {"volume", "progress"}:
+        reason += f", after progress: {report.get('progress') or report['volume']}"
     left = f"left behind: {', '.join(notes['left'])}" if notes.get("left") else ""
     reasons = [reason, left, report.get("complaint", "")]
     next_run_at = None
@@ -2446,8 +2749,15 @@ def read_end(
         "seconds": seconds,
         "state": report.get("state"),
         "next_run_at": next_run_at,
+        "crashed": runner_is_gone(notes) or (outcome, notes.get("end", "")) == (INTERRUPTED, ""),
         "overran": seconds is not None and seconds > row["deadline_at"] - row["started_at"] + 5,
     }
+
+
+def runner_is_gone(notes: Mapping[str, Any]) -> bool:
+    """Tell whether the runner that started a run ended before it, as it never does by itself."""
+    pid, noted = notes.get("runner", [0, ""])
+    return bool(pid) and identity(pid) != noted
 
 
 def joined(*texts: str) -> str:
@@ -2459,6 +2769,8 @@ def _judge(notes: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[str, st
     verdict, code = notes.get("end", ""), notes.get("exit")
     if verdict == TIMED_OUT:
         return TIMED_OUT, "did not end by its timeout and was ended"
+    if "killed" in notes and code != 0:
+        return KILLED, f"killed by {notes['killed']}"
     if "unstarted" in notes:
         return FAILED, notes["unstarted"]
     if verdict and code != 0:
@@ -2484,6 +2796,9 @@ def _judge(notes: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[str, st
 
 CLEARANCE_SECONDS = 5.0  # a wake-up this close to its end is waited for
 CLOCK_STEP_SECONDS = 2.0
+MOST_BACK_OFF = 3600.0
+MOST_DEFERRED = 3  # wake-ups without time for it, then it goes first
+CLEANING_SECONDS = 2.0
 PASSED_ON = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "USER", "LOGNAME", "SHELL", "TMPDIR")
 
 Tell = Callable[[str, Mapping[str, Any]], None]
@@ -2515,6 +2830,7 @@ class Started(NamedTuple):
     task: Task
     live: str
     counts_until: float  # on the monotonic clock; after that it delays nobody
+    alone: bool  # nothing else starts beside it
 
 
 def take_runner_lock(path: str, ends_at: float | None, clock: Clock) -> int | None:
@@ -2561,6 +2877,20 @@ def plan_task(task: Task, old: Row | None, settings: Settings, now: float) -> di
     return {**planned, "next_run_at": next_run_at}
 
 
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as people say them: ``0.2 s``, ``12 min``, ``3 d``; empty for None."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
 def read_moment(text: str, zone: Zone, now: float) -> int:
     """Return the Unix seconds of a moment after ``now``: a number, or ISO 8601 (without an offset
     it is local time in ``zone``). Raises ValueError."""
@@ -2576,6 +2906,48 @@ def read_moment(text: str, zone: Zone, now: float) -> int:
     if not now < moment < now + 100 * 366 * 86400:
         raise ValueError(f"{shortened(text)!r} is not in the future")
     return int(moment)
+
+
+def what_follows(
+    task: Task, row: Row, end: Row, most_crashes: int, next_after: Callable[[float], float | None]
+) -> dict[str, Any]:
+    """Return the columns of a task that change with the end of a run: its next try, or a pause.
+
+    ``row`` is the task before it. ``end["by_hand"]``: somebody watches, and tries again himself."""
+    outcome, settings, now = end["outcome"], task.settings, end["now"]
+    failures = row["consecutive_failures"] + 1 if outcome in FAILURES else 0
+    columns = {key: end[key] for key in ("state", "next_run_at") if end[key] is not None}
+    crashed = end["crashed"] and outcome != KILLED
+    columns["interruptions"] = row["interruptions"] + 1 if crashed else 0
+    if outcome in (DONE, NOTHING, MORE):
+        columns["not_before"] = None
+        if row["extra_trigger"] == "retry":
+            columns.update(extra_at=None, extra_trigger=None)
+    if outcome == MORE:
+        columns.update(extra_at=now, extra_trigger="repeat")
+    elif outcome == INTERRUPTED and settings["on_interrupt"] == "again":
+        columns.update(extra_at=now, extra_trigger="again")
+    elif outcome in FAILURES and not end["by_hand"]:
+        delay = settings["retry_delay"]
+        not_before = now + min(delay * 2.0 ** min(failures - 1, 30), max(delay, MOST_BACK_OFF))
+        columns["not_before"] = not_before
+        if failures <= settings["retries"]:
+            columns.update(extra_at=not_before, extra_trigger="retry")
+        elif row["next_run_at"] is not None and row["next_run_at"] < not_before:
+            columns["next_run_at"] = next_after(not_before - 1)
+    reason = _pause_reason(task, failures, columns["interruptions"], most_crashes)
+    if reason and not row["paused_at"]:
+        columns.update(paused_at=now, paused_by="bgtasks", paused_note=reason, paused_until=None)
+    return columns
+
+
+def _pause_reason(task: Task, failures: int, crashes: int, most_crashes: int) -> str:
+    """Return why a task must be paused after so many failures and crashes in a row, or nothing."""
+    if 0 < task.settings["pause_after_failures"] <= failures:
+        return f"failed {failures} times in a row"
+    if 0 < most_crashes <= crashes:
+        return f"its runs, or their runners, went down {crashes} times in a row"
+    return ""
 
 
 def refuse_wrong_user(state_dir: str) -> None:
@@ -2600,6 +2972,48 @@ def refuse_unsafe_folder(tasks_dir: str) -> None:
         refuse_unsafe_parents(os.path.realpath(tasks_dir))
 
 
+def by_hand_held(task: Task, row: Row, settings: Settings, now: float) -> tuple[str, str] | None:
+    """Return what holds back also a run by hand (but `--force`): a pause, a back-off, a window."""
+    if row["paused_at"] and (row["paused_until"] is None or row["paused_until"] > now):
+        until = f" until {iso(row['paused_until'])}" if row["paused_until"] else ""
+        return "paused", joined(f"by {row['paused_by']}{until}", row["paused_note"] or "")
+    if (row["not_before"] or 0) > now:
+        number = row["consecutive_failures"]
+        times = counted(number, "failure")
+        return "back-off", f"until {iso(row['not_before'])}, after {times} in a row"
+    if task.settings["window"]:
+        zone = Zone(task.settings["timezone"] or settings.timezone)
+        opens = parse_window(task.settings["window"]).opens(zone, now)
+        if opens > now:
+            return "window", f"{task.settings['window']}, opens {iso(opens, zone.tzinfo)}"
+    return None
+
+
+def pause(store: Store, name: str, by: str, now: float, until: float | None, note: str) -> None:
+    """Let a task not start by its schedule, until a moment or until somebody resumes it."""
+    with store:
+        store.change(name, paused_at=now, paused_by=by, paused_until=until, paused_note=note)
+        store.note_event(name, by, now, joined("paused", note))
+
+
+def resume(store: Store, name: str, by: str, now: float) -> None:
+    """Let a paused task start again; what was counted against it is forgotten."""
+    with store:
+        store.change(name, **dict.fromkeys(("paused_at", "paused_by", "paused_until")))
+        store.change(name, paused_note=None)
+        forgive(store, name, now)
+        store.note_event(name, by, now, "resumed")
+
+
+def forgive(store: Store, name: str, now: float) -> None:
+    """Acknowledge what went wrong with a task, and end its back-off."""
+    store.acknowledge(name, now)
+    store.change(name, consecutive_failures=0, interruptions=0, deferred=0, not_before=None)
+    row = store.task(name)
+    if row and row["extra_trigger"] == "retry":
+        store.change(name, extra_at=None, extra_trigger=None)
+
+
 class Runner:
     """One wake-up. Owns its keepers until they have ended."""
 
@@ -2615,6 +3029,10 @@ class Runner:
         self.trouble: BgtasksError | None = None
         self._signals: Signals | None = None
         self._always_started: set[str] = set()
+        self._skips: dict[tuple[str, str], dict[str, Any]] = {}  # why due tasks did not start
+        self._deferred: set[str] = set()
+        self._lifetimes: dict[str, Any] = {}  # of the history, by task; None: as the settings say
+        self._me = (os.getpid(), identity(os.getpid()))
         self._steps = int(store.fact("steps") or 0)
         self._began_at, began = clock.now(), clock.monotonic()
         self._offset = self._began_at - began
@@ -2641,6 +3059,8 @@ class Runner:
         finally:
             os.close(lock)
         self._drain()
+        if self.started:
+            self._clean()
         self._write_wakeup("maintenance" if self.in_maintenance() else "worked", self.clock.now())
 
     def _work(self) -> None:
@@ -2653,6 +3073,7 @@ class Runner:
             self._start_due()
             now = self.clock.monotonic()
             if (not self.queue) if self._ends_at is None else now >= self._ends_at:
+                self._skip_queue("parallel")
                 return
             wake_at = now + self._due_in(now)
             if self._ends_at and not self.queue:
@@ -2667,13 +3088,58 @@ class Runner:
         self.read_folder()
         self.settle()
         now = self.clock.now()
-        rows = [row for row in self.store.due(now) if self.selection.takes(row)]
-        self.queue = sorted((row for row in rows if self._wanted(row, now)), key=_turn)
+        self.queue = []
+        for row in self.store.due(now):
+            if self._is_due(row, now):
+                held = self.held_because(row, now)
+                if held:
+                    self._skip(row["name"], *held)
+                else:
+                    self.queue.append(row)
+        self.queue.sort(key=_turn)
 
-    def _wanted(self, row: Row, now: float) -> bool:
+    def _is_due(self, row: Row, now: float) -> bool:
         if row["always"] and row["name"] not in self._always_started:
             return True
-        return any(at is not None and at <= now for at in (row["next_run_at"], row["extra_at"]))
+        if any(at is not None and at <= now for at in (row["next_run_at"], row["extra_at"])):
+            return True
+        return bool(row["after"]) and not self._waits_for(task_from(row), row)
+
+    def _waits_for(self, task: Task, row: Row) -> list[str]:
+        """Return the tasks of `after` that have not succeeded since this one last started."""
+        since = row["last_started_at"] or row["anchor_at"]
+        others = ((name, self.store.task(name)) for name in task.settings["after"])
+        return [n for n, other in others if not other or (other["last_good_end_at"] or 0) < since]
+
+    def held_because(self, row: Row, now: float) -> tuple[str, str] | None:
+        """Return why a task that is due may not start: a word, and details; None if it may."""
+        if row["error"] or not row["enabled"]:
+            return ("broken", row["error"]) if row["error"] else ("disabled", "")
+        held = by_hand_held(task_from(row), row, self.settings, now)
+        if held:
+            return held
+        if not self.selection.takes(row):
+            return "selection", self.selection.text()
+        if row["running_since"] is not None:
+            return "running", f"since {iso(row['running_since'])}"
+        task = task_from(row)
+        if not {"one", "each", self.settings.node} & set(task.settings["nodes"]):
+            return "node", f"runs on {', '.join(task.settings['nodes'])}"
+        if self.trigger not in task.settings["wakeup"]:
+            return "wakeup", f"is started by {', '.join(task.settings['wakeup'])} only"
+        waits_for = [] if row["extra_at"] is not None else self._waits_for(task, row)
+        return ("after", f"waits for {', '.join(waits_for)}") if waits_for else None
+
+    def _skip(self, name: str, reason: str, detail: str = "") -> None:
+        """Remember why a due task did not start; it is written with the wake-up."""
+        now = self.clock.now()
+        skip = self._skips.setdefault((name, reason), {"first_at": now})
+        skip.update(task=name, reason=reason, detail=detail, last_at=now)
+
+    def _skip_queue(self, reason: str) -> None:
+        for row in self.queue:
+            self._skip(row["name"], reason)
+        self.queue.clear()
 
     def _due_in(self, now: float) -> float:
         """Return the seconds until the next slot, or until a run no longer keeps others waiting."""
@@ -2691,13 +3157,26 @@ class Runner:
         while self.queue and not self.stop_signal:
             now = self.clock.monotonic()
             counting = [run for run in self.running.values() if run and run.counts_until > now]
-            if len(counting) >= self.settings.max_parallel:
+            alone = self.queue[0]["interruptions"] > 0 or any(run.alone for run in counting)
+            if len(counting) >= (1 if alone else self.settings.max_parallel):
                 return
             if self.in_maintenance() or (limit and self.started >= limit):
-                self.queue.clear()
+                self._skip_queue("maintenance" if self.in_maintenance() else "limit")
                 return
-            self.start(self.queue.pop(0))
+            row = self.queue.pop(0)
+            if self._fits(row, now):
+                self.start(row)
             self._take_signals()
+
+    def _fits(self, row: Row, now: float) -> bool:
+        """Tell if a task will usually end in the time left; if it waited often, it goes anyway."""
+        usual = self.store.usual_seconds(row["name"]) if self._ends_at else None
+        left = max(0.0, (self._ends_at or now) - now)
+        if usual is None or usual <= left or row["deferred"] >= MOST_DEFERRED:
+            return True
+        self._skip(row["name"], "time", f"needs {duration(usual)}, {duration(left)} were left")
+        self._deferred.add(row["name"])
+        return False
 
     def _wait(self, seconds: float) -> None:
         signals = self._catch_signals()
@@ -2705,12 +3184,15 @@ class Runner:
             self._write_wakeup("worked", None)
         if self.running:
             self.tell("progress", {"runs": [run for run in self.running.values() if run]})
-            seconds = min(seconds, 1.0)
+            seconds = min(seconds, 0.1 if self.trigger == "hand" else 1.0)
         self.clock.wait(seconds, [signals.readable])
         self._take_signals()
 
     def _catch_signals(self) -> Signals:
         if self._signals is None:
+            # what Python sets up at the first use, once here instead of in each child
+            _ = faulthandler.enable, resource.setrlimit, altered_signals()
+            compile("", "", "exec")
             stopping = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
             self._signals = Signals(signal.SIGCHLD, *stopping)
         return self._signals
@@ -2720,7 +3202,7 @@ class Runner:
         for number in self._catch_signals().taken():
             if number != signal.SIGCHLD:
                 self.stop_signal = number
-                self.queue.clear()
+                self._skip_queue("stopped")
                 for pid in self.running:
                     os.kill(pid, signal.SIGTERM)
 
@@ -2745,7 +3227,30 @@ class Runner:
             "failed": self.failed,
         }
         known = {"id": self._wakeup} if self._wakeup else {}
-        self._wakeup = self.store.write_wakeup({**values, **known})
+        if ended_at is None:  # it goes on: a reason counts once for each wake-up
+            self._wakeup = self.store.write_wakeup({**values, **known})
+        else:
+            skips = self._skips.values()
+            self._wakeup = self.store.write_wakeup({**values, **known}, skips, self._deferred)
+
+    def _clean(self) -> None:
+        """Remove old history, and look through more of it the more was started."""
+        now, until = self.clock.now(), self.clock.monotonic() + CLEANING_SECONDS
+        cursor, bites = int(self.store.fact("cleaned") or 0), 2 + self.started // 20
+        while bites and self.clock.monotonic() < until:
+            cursor, gone = self.store.clean(cursor, self._lifetime, now)
+            bites = bites if gone and cursor else bites - 1
+        self.store.end_cleaning(cursor, now - self.settings.history_failure_lifetime)
+
+    def _lifetime(self, run: Row) -> float:
+        """Return how many seconds a run is kept."""
+        name, settings = run["task"], self.settings
+        if name not in self._lifetimes:
+            row = self.store.task(name)
+            self._lifetimes[name] = task_from(row).settings["history_lifetime"] if row else None
+        good = run["outcome"] in (DONE, NOTHING, MORE)
+        usual = settings.history_success_lifetime if good else settings.history_failure_lifetime
+        return float(self._lifetimes[name] or usual)
 
     # -- what was left behind, and what changed
 
@@ -2758,11 +3263,17 @@ class Runner:
         with self.store:
             for task in changed:
                 old = self.store.task(task.name)
-                self.store.write_task(task, plan_task(task, old, self.settings, now))
+                planned = plan_task(task, old, self.settings, now)
+                mended = {"not_before": None} if old and old["not_before"] else {}
+                self.store.write_task(task, {**planned, **mended})
                 if task.error and (not old or old["error"] != task.error):
                     self.tell("broken", {"task": task.name, "reason": task.error})
             for name in gone:
-                self.store.forget_file(name)
+                self.store.change(name, file="", fingerprint="")
+            for task in with_after_errors([task_from(row) for row in self.store.tasks()]):
+                self.store.change(task.name, error=task.error)
+                if task.error:
+                    self.tell("broken", {"task": task.name, "reason": task.error})
 
     def settle(self) -> None:
         """Write down the ends of runs that other runners left, and end those past their timeout."""
@@ -2822,6 +3333,20 @@ class Runner:
     def _schedule(self, task: Task, row: Row) -> Schedule:
         return schedule_of(task.settings, self.settings, task.name, row["anchor_at"])
 
+    def _tell_more(self, task: Task, row: Row, follows: Row) -> None:
+        """Say that a task was paused, or that it is half-way there."""
+        most, failures = task.settings["pause_after_failures"], row["consecutive_failures"] + 1
+        if follows.get("paused_note"):
+            self.tell("paused", {"task": task.name, "reason": follows["paused_note"]})
+        elif follows.get("not_before") and most and failures == (most + 1) // 2:
+            self.tell("warning", {"task": task.name, "number": failures, "most": most})
+
+    def _next_after(self, task: Task, row: Row, moment: float) -> float | None:
+        try:
+            return self._schedule(task, row).next_after(moment)
+        except TaskError:  # it was broken, or lost its package, while the task ran
+            return None
+
     # -- one run
 
     def run_by_hand(self, name: str) -> Row | None:
@@ -2831,6 +3356,8 @@ class Runner:
         row = self.store.task(name)
         run = self.start(row) if row else None
         self._drain()
+        if run:
+            self._write_wakeup("worked", self.clock.now())
         return self.store.run(run) if run else None
 
     def start(self, row: Row) -> int | None:
@@ -2840,6 +3367,12 @@ class Runner:
             claim = self._claim(task, row)
         except TaskError as error:  # a package that its schedule needs is gone
             self.store.write_task(task._replace(error=str(error), fingerprint=""), {})
+            return None
+        late, most = claim["now"] - claim["planned_at"], task.settings["missed_after"]
+        if claim["slot"] is not None and most is not None and late > most:
+            reason = f"was {duration(late)} late, more than missed_after allows"
+            self.store.miss({**claim, "reason": reason, "live": os.urandom(8).hex()})
+            self.tell("missed", {"task": task.name, "reason": reason})
             return None
         live, output = new_live_files(self.settings.state_dir)
         try:
@@ -2851,7 +3384,7 @@ class Runner:
             self._catch_signals()
             usual = self.store.usual_seconds(task.name)
             self.store.close()
-            pid = fork(lambda: keep(brief, output, self.clock))
+            pid = self._start_keeper(brief, output)
         except OSError as error:
             self._give_back(claim, live, error)
             return None
@@ -2859,11 +3392,17 @@ class Runner:
             os.close(output)
         patience = max(60.0, 2 * usual) if usual is not None else float("inf")
         until = min(brief.deadline, brief.started + patience)
-        self.running[pid] = Started(run, task, live, until)
+        self.running[pid] = Started(run, task, live, until, row["interruptions"] > 0)
         self.started += 1
         self._always_started.add(task.name)
         self.tell("start", {"task": task.name, "run": run, "planned_at": claim["planned_at"]})
         return run
+
+    def _start_keeper(self, brief: Brief, output: int) -> int:
+        return fork(lambda: keep(brief, output, self.clock))
+
+    def _ended_keepers(self) -> list[int]:
+        return [pid for pid in self.running if os.waitpid(pid, os.WNOHANG)[0]]
 
     def _claim(self, task: Task, row: Row) -> dict[str, Any]:
         """Return what to claim: the slot that is due, an extra start, or one with neither."""
@@ -2874,14 +3413,18 @@ class Runner:
             for at in (row["next_run_at"], row["extra_at"])
         )
         extra = extra if slot is None else None
+        schedule = self._schedule(task, row) if slot else None
+        follows = slot is None and extra is None and row["after"] and not by_hand
         return {
             "task": task.name,
             "slot": slot,
-            "next_run_at": slot and self._schedule(task, row).next_after(now, slot),
+            "next_run_at": schedule and schedule.next_after(now, slot),
+            "missed_slots": schedule.missed(slot, now) if schedule and slot else 0,
             "extra_at": extra,
             "planned_at": slot or extra or now,
             "deadline_at": now + self._deadline_seconds(task),
-            "trigger": row["extra_trigger"] if extra else self.trigger,
+            "trigger": row["extra_trigger"] if extra else "after" if follows else self.trigger,
+            "last_started_at": row["last_started_at"],
             "node": self.settings.node,
             "steps": self._steps,
             "now": now,
@@ -2911,7 +3454,8 @@ class Runner:
         began = self.clock.monotonic()
         deadline = began + claim["deadline_at"] - claim["now"]
         env = task_environment(task, live, given)
-        return Brief(task, live, self.settings.tasks_dir, began, deadline, env, given)
+        folder = self.settings.tasks_dir
+        return Brief(task, live, self._me, folder, began, deadline, env, given)
 
     def _give_back(self, claim: Row, live: str, error: OSError) -> None:
         """Undo a claim, as the system would not give us a process; the next look tries again."""
@@ -2923,9 +3467,10 @@ class Runner:
 
     def _reap(self) -> bool:
         """Write down the runs whose keepers have ended; tell if there were any."""
-        ended = [pid for pid in self.running if os.waitpid(pid, os.WNOHANG)[0]]
+        ended = self._ended_keepers()
         for run in [self.running.pop(pid) for pid in ended]:
             if run:
+                self.tell("progress", {"runs": [run], "ended": True})
                 self._finish(run.run, run.task, run.live)
         return bool(ended)
 
@@ -2935,26 +3480,31 @@ class Runner:
         zone = Zone(task.settings["timezone"] or self.settings.timezone)
         secrets = self.settings.secrets
         end = row and read_end(row, live, secrets, lambda text: read_moment(text, zone, now))
-        if not end:
+        known = self.store.task(task.name)
+        if not end or not known or not row:
             return False
-        interrupted = end["outcome"] == INTERRUPTED and task.settings["on_interrupt"] == "again"
-        again = "repeat" if end["outcome"] == MORE else "again" if interrupted else None
-        finished = self.store.finish(run, {**end, "now": now, "again": again})
+        end = {**end, "now": now, "by_hand": row["trigger"] == "hand"}
+        next_after = partial(self._next_after, task, known)
+        follows = what_follows(task, known, end, self.settings.max_interruptions, next_after)
+        finished = self.store.finish(run, end, follows)
         if finished:
             self.failed += end["outcome"] in FAILURES
             self.tell("end", finished)
+            self._tell_more(task, known, follows)
         remove_live_files(live)
         return True
 
 
-def _turn(row: Row) -> tuple[bool, bool, int, float]:
+def _turn(row: Row) -> tuple[int, bool, int, float]:
     """Return the place of a due task in the queue.
 
-    Repeats stand behind the others, and before them those whose last run failed, overran or took
-    its runner down, so that they delay nobody."""
+    First who waited too often for a wake-up with time enough. Repeats stand behind the others, and
+    before them those whose last run failed, overran or took its runner down, so that they delay
+    nobody."""
     troubled = row["last_outcome"] not in (None, DONE, NOTHING, MORE) or bool(row["last_overran"])
     due_at = row["extra_at"] if row["next_run_at"] is None else row["next_run_at"]
-    return row["extra_trigger"] == "repeat", troubled, row["order"], due_at or 0.0
+    last = 2 * (row["interruptions"] > 0) + (row["extra_trigger"] == "repeat")
+    return last if row["deferred"] < MOST_DEFERRED else -1, troubled, row["order"], due_at or 0.0
 
 
 def task_environment(task: Task, live: str, given: Mapping[str, Any]) -> dict[str, str]:
@@ -2976,14 +3526,12 @@ def task_environment(task: Task, live: str, given: Mapping[str, Any]) -> dict[st
 # Rows of the store go in; JSON values and text for people come out. Nothing here writes or prints.
 
 WORST_FIRST = ("broken", "missing", "paused", "disabled", "active", "ignored")
-NO_TASK = {
-    **dict.fromkeys(("next_run_at", "progress", "last_started_at", "last_ended_at")),
-    **dict.fromkeys(("last_outcome", "last_seconds", "min_seconds", "average_seconds")),
-    **dict.fromkeys(("max_seconds",)),
-    **dict.fromkeys(("runs", "failures", "consecutive_failures", "volume"), 0),
-    "schedule": "",
-    "description": "",
-    "reason": "",
+NO_TASK: Mapping[str, Any] = {
+    **dict.fromkeys("next_run_at progress last_started_at last_ended_at last_success_at".split()),
+    **dict.fromkeys("last_outcome last_seconds min_seconds average_seconds max_seconds".split()),
+    **dict.fromkeys("total_seconds usual_seconds overran_seconds retry_at paused_until".split()),
+    **dict.fromkeys("runs failures consecutive_failures volume unacknowledged deferred".split(), 0),
+    **dict.fromkeys("schedule description reason group".split(), ""),
     "running": False,
 }
 
@@ -3002,15 +3550,50 @@ def task_rows(settings: Settings, store: Store, now: float) -> list[dict[str, An
         live = os.path.join(settings.state_dir, "runs", run["live"])
         end = read_end(run, live, settings.secrets, int)
         outcome = end["outcome"] if end else RUNNING
-        rows[run["task"]].update(last_outcome=outcome, running=not end)
+        overran = now - run["deadline_at"] if not end and now > run["deadline_at"] else None
+        rows[run["task"]].update(last_outcome=outcome, running=not end, overran_seconds=overran)
         rows[run["task"]]["progress"] = None if end else read_report(live).get("progress")
-    found = [_task_row(row, now) for row in rows.values()]
+    for task in with_after_errors([row["task"] for row in rows.values()]):
+        rows[task.name]["task"] = task
+    unseen = store.unseen()
+    found: list[dict[str, Any]] = []
+    for name, row in rows.items():
+        row["unacknowledged"] = unseen.get(name, 0)
+        row["usual_seconds"] = store.usual_seconds(name) if row.get("ended") else None
+        found.append(_task_row(row, settings, now))
     for file, reason in ignored.items():
         found.append({**NO_TASK, "name": file, "state": "ignored", "reason": reason})
     return sorted(found, key=lambda row: (WORST_FIRST.index(row["state"]), row["name"].lower()))
 
 
-def _task_row(row: Mapping[str, Any], now: float) -> dict[str, Any]:
+def starts_at(task: Task, row: Row, settings: Settings) -> float | None:
+    """Return when a task may next start: its slot or extra start, after back-off, in its window."""
+    planned = [at for at in (row.get("next_run_at"), row.get("extra_at")) if at is not None]
+    if not planned:
+        return None
+    at = float(max(min(planned), row.get("not_before") or 0.0))
+    if not task.settings.get("window"):
+        return at
+    zone = Zone(task.settings["timezone"] or settings.timezone)
+    return parse_window(task.settings["window"]).opens(zone, at)
+
+
+def attention(task: Task, row: Row, settings: Settings, now: float) -> str:
+    """Return what somebody should know of a task that is active, or nothing."""
+    failures, most = row.get("consecutive_failures") or 0, task.settings["pause_after_failures"]
+    usual, budget = row["usual_seconds"] or 0, settings.cron_max_execution_time
+    later, deferred = (row.get("not_before") or 0) > now, row.get("deferred") or 0
+    return joined(
+        f"failed {failures} times in a row" * (failures > 1),
+        f"is paused at {most}" * (0 < most <= 2 * failures),
+        f"next try not before {iso(row.get('not_before'))}" * later,
+        f"{row['unacknowledged']} interrupted, not yet cleared" * (row["unacknowledged"] > 0),
+        f"usually takes {duration(usual)}, longer than a wake-up stays" * (0 < budget < usual),
+        f"waited {counted(deferred, 'wake-up')} for time enough" * (deferred > 0),
+    )
+
+
+def _task_row(row: dict[str, Any], settings: Settings, now: float) -> dict[str, Any]:
     task: Task = row["task"]
     state, reason = "active", task.error
     if not task.file:
@@ -3022,16 +3605,21 @@ def _task_row(row: Mapping[str, Any], now: float) -> dict[str, Any]:
         state, reason = "paused", joined(f"by {row['paused_by']}{until}", row["paused_note"])
     elif not task.settings["enabled"]:
         state, reason = "disabled", "enabled = false"
+    else:
+        reason = attention(task, row, settings, now)
     schedule = task.settings.get("schedule", "")
     known = {key: row[key] for key in NO_TASK if row.get(key) is not None}
-    moments = ("last_started_at", "last_ended_at")
+    moments = ("last_started_at", "last_ended_at", "last_success_at")
     return {
         "name": task.name,
         "state": state,
         **NO_TASK,
         **known,
         **{key: iso(row.get(key)) for key in moments},
-        "next_run_at": iso(row.get("next_run_at")) if state == "active" else None,
+        "next_run_at": iso(starts_at(task, row, settings)) if state == "active" else None,
+        "retry_at": iso(row.get("not_before")) if (row.get("not_before") or 0) > now else None,
+        "paused_until": iso(row["paused_until"]) if state == "paused" else None,
+        "group": task.settings.get("group", ""),
         "reason": reason,
         "schedule": schedule if isinstance(schedule, str) else ", ".join(schedule),
         "average_seconds": row["total_seconds"] / row["ended"] if row.get("ended") else None,
@@ -3061,16 +3649,6 @@ def status(settings: Settings, store: Store, clock: Clock) -> dict[str, Any]:
     }
 
 
-def duration(seconds: float | None) -> str:
-    """Return seconds as people say them: ``0.2 s``, ``12 min``, ``3 d``; empty for None."""
-    if seconds is None:
-        return ""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
 def when(moment: str | None, now: float) -> str:
     """Return a moment as time (and date if it is not today), and how far off it is."""
     if not moment:
@@ -3092,6 +3670,16 @@ def table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
         cut = [c if len(c) <= w else c[: w - 1] + "~" for c, w in zip(row, widths)]
         cells = [cell.ljust(w) for cell, w in zip(cut, widths)]
         lines.append(shortened("  ".join([*cells, row[-1]]).rstrip(), width or 10_000))
+    return lines
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return a paragraph as lines of at most ``width`` characters."""
+    lines = [""]
+    for word in visible(text).split(" "):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
     return lines
 
 
@@ -3145,11 +3733,367 @@ def event_line(kind: str, facts: Mapping[str, Any]) -> str:
         return "running: " + ", ".join(f"{name} {progress}".strip() for name, progress in shown)
     return {
         "broken": "{task}: broken: {reason}",
+        "missed": "{task}: missed: {reason}",
+        "paused": "{task}: is paused now: {reason}",
+        "warning": "{task}: failed {number} times in a row; it is paused at {most}",
         "busy": "another runner is at work; nothing to do here",
         "clock": "the clock was set back; going on in real time",
         "overdue": "{task}: is past its timeout and has lost its keeper; ending it",
         "trouble": "{reason}",
     }[kind].format(**facts)
+
+
+# -- why did it run, why not
+
+# A reason of Runner.held_because(), as a sentence and with what would change it.
+REASONS = {
+    "broken": ("its file is broken: {detail}", "mend it, then: lint"),
+    "disabled": ("it is disabled", "enabled = true in its file, or task.{task}.enabled = 1"),
+    "paused": ("it was paused {detail}", "resume {task}"),
+    "back-off": ("it is held back {detail}", "clear {task}, or run {task} --force"),
+    "window": (
+        "it was outside its window {detail}",
+        "window = ... in its file, or run {task} --force",
+    ),
+    "selection": ("the wake-up had other work: {detail}", "wake it without these flags"),
+    "running": ("its last run was still at work {detail}", "wait for it, or kill {task}"),
+    "node": ("it {detail}", "nodes = ... in its file, or node = ... in the param file"),
+    "wakeup": ("it {detail}", "wakeup = ... in its file"),
+    "after": ("it {detail}", "run these first, or after = ... in its file"),
+    "time": ("too little time was left: it {detail}", "a larger cron_max_execution_time"),
+    "parallel": ("others were at work until the end of the wake-up", "a larger max_parallel"),
+    "limit": ("the wake-up had started as many as cron_limit allows", "a larger cron_limit"),
+    "maintenance": ("the maintenance flag was there", "remove the file: maintenance_flag"),
+    "stopped": ("the runner was told to stop", "wake it again"),
+}
+
+
+def reason_text(skip: Row) -> str:
+    text, way_out = (part.format(**skip) for part in REASONS[skip["reason"]])
+    return f"{text}; what changes it: {way_out}".replace("  ", " ")
+
+
+def explain(
+    settings: Settings, store: Store, task: Mapping[str, Any], now: float, at: float
+) -> dict[str, Any]:
+    """Return why a task did or did not run up to the moment ``at``, from what was recorded.
+
+    ``task`` is its status. `sentences` are for people, the rest is what they say."""
+    row = store.task(task["name"])
+    said = [
+        f"task {task['name']} is {task['state']}" + f": {task['reason']}" * bool(task["reason"])
+    ]
+    if not row:
+        said.append("no wake-up has seen it yet")
+        return {"task": task["name"], "at": iso(at), "sentences": said}
+    slot = None
+    said.append(f"its schedule is {task['schedule']!r}")
+    if task["schedule"] and not row["error"]:
+        schedule = schedule_of(task_from(row).settings, settings, row["name"], row["anchor_at"])
+        slot, following = schedule.latest(at), schedule.next_after(at)
+        for words, moment in (("its last slot was", slot), ("its next one is", following)):
+            said += [f"{words} {when(iso(moment), now)}"] if moment is not None else []
+    runs = [r for r in store.history(row["name"], 20) if r["started_at"] <= at][:3]
+    since = min(at - 86400 if slot is None else slot, runs[0]["started_at"] if runs else at)
+    said += [_run_text(run, now) for run in reversed(runs)] or ["it never ran"]
+    skips = [s for s in store.skips(row["name"]) if s["last_at"] >= since and s["first_at"] <= at]
+    for skip in skips:
+        times = f"in {counted(skip['count'], 'wake-up')}, last {when(iso(skip['last_at']), now)}"
+        said.append(f"{times}, {reason_text(skip)}")
+    wakeups = [w for w in store.wakeups(WAKEUPS_KEPT) if w["started_at"] <= at]
+    said += [_wakeup_text(w, runs, skips, now) for w in reversed(wakeups[:3])]
+    wakeups = [wakeup for wakeup in wakeups if wakeup["trigger"] != "hand"]
+    if not wakeups or (wakeups[0]["ended_at"] or now) < (slot or at - 86400):
+        last = f"since {when(iso(wakeups[0]['ended_at']), now)}" if wakeups else "yet"
+        said.append(f"nobody woke the runner {last}; what changes it: install --write")
+    return {
+        "task": task["name"],
+        "at": iso(at),
+        "slot": iso(slot),
+        "sentences": said,
+        "runs": [run_row(run) for run in runs],
+        "reasons": [
+            {**s, "first_at": iso(s["first_at"]), "last_at": iso(s["last_at"])} for s in skips
+        ],
+    }
+
+
+def _run_text(run: Row, now: float) -> str:
+    if run["outcome"] == "missed":
+        return f"its slot {when(iso(run['planned_at']), now)} was missed: {run['reason']}"
+    started = f"run {run['id']} started {when(iso(run['started_at']), now)} by {run['trigger']}"
+    if run["outcome"] == RUNNING:
+        return f"{started} and is at work"
+    if run["missed_slots"]:
+        started += f", also for {counted(run['missed_slots'], 'missed slot')},"
+    took = duration(run["ended_at"] - run["started_at"])
+    return f"{started} and ended after {took}: {joined(run['outcome'], run['reason'])}"
+
+
+def _wakeup_text(wakeup: Row, runs: Sequence[Row], skips: Sequence[Row], now: float) -> str:
+    """Return what a wake-up did with a task, given its runs and the reasons not to run."""
+    began, ended = wakeup["started_at"], wakeup["ended_at"] or now
+    text = f"the wake-up {when(iso(began), now)} by {wakeup['trigger']} ({wakeup['user']})"
+    if wakeup["result"] == "busy":
+        return f"{text} left at once, as another was at work"
+    here = [str(run["id"]) for run in reversed(runs) if began <= run["started_at"] <= ended]
+    if here:
+        return f"{text} started run {', '.join(here)}"
+    why = [s["reason"] for s in skips if s["first_at"] <= ended and s["last_at"] >= began]
+    return f"{text} did not start it: {', '.join(why) or 'it was not due'}"
+
+
+# -- is all well
+
+
+class Finding(NamedTuple):
+    """What a check found: how bad it is (0 to 2), about what, and the way out if there is one."""
+
+    level: int
+    about: str
+    text: str
+    way_out: str = ""
+
+
+def gaps_between(wakeups: Sequence[Row]) -> list[float]:
+    """Return the seconds between wake-ups in which no runner was at work, in ascending order."""
+    gaps: list[float] = []
+    until = None
+    for wakeup in sorted(wakeups, key=lambda wakeup: float(wakeup["started_at"])):
+        if until is not None and wakeup["started_at"] > until:
+            gaps.append(wakeup["started_at"] - until)
+        until = max(until or 0.0, wakeup["ended_at"] or wakeup["started_at"])
+    return sorted(gaps)
+
+
+def judge_wakeups(settings: Settings, store: Store, now: float) -> Iterator[Finding]:
+    """Tell whether the runner is woken at all, how often, by whom, and often enough."""
+    wakeups = [wakeup for wakeup in store.wakeups(WAKEUPS_KEPT) if wakeup["trigger"] != "hand"]
+    if not wakeups:
+        yield Finding(2, "wake-ups", "nobody has ever woken it", "install --write")
+        return
+    starts = sorted(wakeup["started_at"] for wakeup in wakeups)
+    steps = sorted(late - early for early, late in zip(starts, starts[1:]))
+    usual = steps[len(steps) // 2] if steps else 300.0
+    age = now - (wakeups[0]["ended_at"] or now)
+    level = 0 if age < max(600.0, 3 * usual) else 1 if age < max(3600.0, 10 * usual) else 2
+    users = sorted({f"{w['user']}@{w['node']} ({w['trigger']})" for w in wakeups})
+    text = f"last {duration(age)} ago, {len(wakeups)} known, every {duration(usual)}"
+    text += f", longest gap {duration(steps[-1] if steps else None)}" * bool(steps)
+    yield Finding(
+        level, "wake-ups", f"{text}, by {', '.join(users)}", "install --write" * (level > 0)
+    )
+    if len({w["user"] for w in wakeups}) > 1:
+        yield Finding(1, "wake-ups", "different users wake it", "keep one crontab line")
+    gaps = gaps_between(wakeups)
+    gap = gaps[len(gaps) // 2] if gaps else 0.0
+    for row in store.tasks():
+        if gap > 5 and row["file"] and not row["error"] and row["enabled"]:
+            schedule = schedule_of(task_from(row).settings, settings, row["name"], row["anchor_at"])
+            first = schedule.next_after(now)
+            second = None if first is None else schedule.next_after(first)
+            if first is not None and second is not None and second - first < 0.9 * gap:
+                text = f"is asked every {duration(second - first)}, but idle for {duration(gap)}"
+                yield Finding(
+                    1, row["name"], text, "wake it more often, or let a wake-up stay longer"
+                )
+
+
+def judge_tasks(tasks: Sequence[Mapping[str, Any]], now: float) -> Iterator[Finding]:
+    """Tell what is wrong with the tasks, from their status."""
+    for task in tasks:
+        name, state, reason = task["name"], task["state"], task["reason"]
+        failures = task["consecutive_failures"]
+        due = (
+            datetime.fromisoformat(task["next_run_at"]).timestamp() if task["next_run_at"] else now
+        )
+        if state == "broken":
+            yield Finding(2, name, f"broken: {reason}", f"mend it, then: lint {name}")
+        elif state == "missing":
+            yield Finding(1, name, reason, "put it back")
+        elif state == "paused" and "by bgtasks" in reason:
+            yield Finding(2, name, f"paused {reason}", f"log {name}, then: resume {name}")
+        elif task["overran_seconds"] is not None and task["overran_seconds"] > 600:
+            text = f"is at work {duration(task['overran_seconds'])} past its deadline"
+            yield Finding(2, name, text, f"log {name}, kill {name}")
+        elif failures and state != "paused":
+            level = 2 if failures > 3 or task["retry_at"] is None else 1
+            yield Finding(
+                level, name, f"{task['last_outcome']}, {failures} in a row", f"log {name}"
+            )
+        elif task["unacknowledged"]:
+            text = f"{counted(task['unacknowledged'], 'run')} interrupted"
+            yield Finding(1, name, text, f"clear {name}")
+        elif state == "active" and not task["running"] and due < now - 900:
+            yield Finding(1, name, f"due for {duration(now - due)}", f"explain {name}")
+
+
+def judge_packages(tasks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Name each package that is missing, and who needs it."""
+    for command in sorted(
+        {t["reason"].rpartition("pip install ")[2] for t in tasks if "pip install" in t["reason"]}
+    ):
+        names = [
+            task["name"] for task in tasks if task["reason"].endswith(f"pip install {command}")
+        ]
+        text = f"{command} is missing; it is needed by {', '.join(names)}"
+        yield Finding(2, "packages", text, f"pip install {command}")
+
+
+def judge_fit(settings: Settings, tasks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Name the tasks that usually take longer than a wake-up stays."""
+    budget = settings.cron_max_execution_time
+    for task in tasks:
+        if 0 < budget < (task["usual_seconds"] or 0):
+            usual, stays = duration(task["usual_seconds"]), duration(budget)
+            text = f"usually takes {usual}, a wake-up stays {stays}"
+            yield Finding(1, task["name"], text, "a larger cron_max_execution_time")
+
+
+def judge_place(settings: Settings, store: Store) -> Iterator[Finding]:
+    """Tell what is wrong with the machine, the file system and the settings."""
+    state, me = settings.state_dir, os.geteuid()
+    for places in settings.doubled:
+        yield Finding(1, "param file", places, "delete one of the lines")
+    if me == 0:
+        yield Finding(1, "user", "runs as root", "give it a user of its own")
+    try:
+        refuse_wrong_user(state)
+        refuse_unsafe_folder(settings.tasks_dir)
+        if os.path.isdir(os.path.join(state, "runs")):
+            test_locks(state)
+            store.check_integrity()
+        yield Finding(
+            0, "state", f"{state}: locks hold, the file is whole, {store.size() >> 10} KiB"
+        )
+    except BgtasksError as error:
+        yield Finding(2, "state", str(error))
+    kind = file_system(state)
+    if kind in ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "fuse.sshfs", "fuse.glusterfs"):
+        yield Finding(
+            2, "disk", f"{state} lies on a network disk ({kind})", "state_dir on a local disk"
+        )
+    try:
+        free = shutil.disk_usage(state if os.path.isdir(state) else os.path.dirname(state)).free
+        level = 2 if free < 20 << 20 else 1 if free < 200 << 20 else 0
+        yield Finding(level, "disk", f"{free >> 20} MiB free", "make room" * (level > 0))
+    except OSError as error:
+        yield Finding(1, "disk", f"{state}: cannot be looked at ({error.strerror})")
+    steps = int(store.fact("steps") or 0)
+    if steps:
+        yield Finding(1, "clock", f"was set back {steps} times", "let NTP keep it")
+    if not zoneinfo.available_timezones():
+        yield Finding(1, "zones", "this machine has no time zones", "pip install tzdata")
+
+
+def file_system(path: str) -> str:
+    """Return the type of the file system that holds ``path``, empty if nobody says."""
+    found = ("", "")
+    for line in read_bytes("/proc/mounts").decode("utf-8", "replace").splitlines():
+        place, kind = line.split()[1:3]
+        inside = f"{path}/".startswith(place.rstrip("/") + "/")
+        found = (place, kind) if inside and len(place) >= len(found[0]) else found
+    return found[1]
+
+
+def judge_crontab(crontab: str | None, script: str) -> Iterator[Finding]:
+    """Tell if the user's crontab wakes ``script``, once. None: it could not be read."""
+    if crontab is None:
+        yield Finding(0, "crontab", "cannot be read here; something else must wake it")
+        return
+    name = os.path.splitext(os.path.basename(script))[0]
+    lines = [line for line in crontab.splitlines() if name in line and line.strip()[:1] != "#"]
+    if not lines:
+        yield Finding(1, "crontab", f"your crontab has no line with {name}", "install --write")
+    plain = [line for line in lines if "group=" not in line and "task=" not in line]
+    if len(plain) > 1:
+        yield Finding(1, "crontab", f"{len(plain)} lines wake it", "crontab -e, keep one")
+    if any("--auth_pwd" in line for line in lines):
+        yield Finding(
+            1, "crontab", "others see --auth_pwd in ps", "put auth_pwd into the param file"
+        )
+
+
+def one_line(text: str) -> str:
+    """Return text as a Nagios plugin may print it: one line of ASCII, without `|`."""
+    return visible(text).replace("|", "/").encode("ascii", "backslashreplace").decode()
+
+
+def check_line(findings: Sequence[Finding], tasks: Sequence[Mapping[str, Any]], age: float) -> str:
+    """Return the line of a Nagios plugin: the worst first, then figures for a graph.
+
+    https://nagios-plugins.org/doc/guidelines.html"""
+    bad = sorted((found for found in findings if found.level), key=lambda found: -found.level)
+    word = ("OK", "WARNING", "CRITICAL")[bad[0].level if bad else 0]
+    text = f"{bad[0].about}: {bad[0].text}" if bad else counted(len(tasks), "task")
+    more = f" (and {len(bad) - 1} more)" * (len(bad) > 1)
+    count = {name: sum(task["state"] == name for task in tasks) for name in WORST_FIRST[:-1]}
+    count["failing"] = sum(task["consecutive_failures"] > 0 for task in tasks)
+    count["running"] = sum(task["running"] for task in tasks)
+    figures = [f"{name}={number};;;0;" for name, number in count.items()]
+    figures.append(f"wakeup_age={age:.0f}s;;;0;")
+    return f"BGTASKS {word} - {one_line(shortened(text, 300))}{more}|{' '.join(figures)}"
+
+
+# Base units, `_total` for what only grows: https://prometheus.io/docs/practices/naming/
+METRICS = (
+    ("runs_total", "counter", "runs that were started", "runs"),
+    ("failures_total", "counter", "runs that failed or timed out", "failures"),
+    ("consecutive_failures", "gauge", "failures since the last success", "consecutive_failures"),
+    ("volume_total", "counter", "items treated, as the task counts them", "volume"),
+    ("running", "gauge", "1 while a run is at work", "running"),
+    ("unacknowledged_runs", "gauge", "interrupted runs that nobody has cleared", "unacknowledged"),
+    ("last_duration_seconds", "gauge", "how long the last run took", "last_seconds"),
+    ("run_seconds_total", "counter", "how long all runs took", "total_seconds"),
+    ("last_start_timestamp_seconds", "gauge", "when the last run started", "last_started_at"),
+    (
+        "last_success_timestamp_seconds",
+        "gauge",
+        "start of the last run that succeeded",
+        "last_success_at",
+    ),
+    ("next_run_timestamp_seconds", "gauge", "when it may run next", "next_run_at"),
+)
+
+
+def metric_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the status in the text format of Prometheus.
+
+    https://prometheus.io/docs/instrumenting/exposition_formats/"""
+    tasks = [task for task in found["tasks"] if task["state"] != "ignored"]
+    last: Mapping[str, Any] = found["last_wakeup"] or {}
+    lines: list[str] = []
+
+    def family(name: str, kind: str, text: str, samples: Iterable[tuple[str, Any]]) -> None:
+        lines.extend([f"# HELP bgtasks_{name} {text}.", f"# TYPE bgtasks_{name} {kind}"])
+        for labels, value in samples:
+            if value is not None:
+                moment = isinstance(value, str)
+                number = datetime.fromisoformat(value).timestamp() if moment else float(value)
+                lines.append(f"bgtasks_{name}{labels} {number!r}")
+
+    def of(task: Mapping[str, Any], more: str = "") -> str:
+        return f'{{task="{label(task["name"])}"{more}}}'
+
+    family("info", "gauge", "the program", [(f'{{version="{__version__}"}}', 1)])
+    family(
+        "maintenance", "gauge", "1 while the maintenance flag exists", [("", found["maintenance"])]
+    )
+    moment = last.get("ended_at") or last.get("started_at")
+    family("last_wakeup_timestamp_seconds", "gauge", "the end of the last wake-up", [("", moment)])
+    for name, kind, text, key in METRICS:
+        family(f"task_{name}", kind, text, [(of(task), task[key]) for task in tasks])
+    states = [
+        (of(task, f',state="{state}"'), task["state"] == state)
+        for task in tasks
+        for state in WORST_FIRST[:-1]
+    ]
+    family("task_state", "gauge", "1 for the state of the task", states)
+    return lines
+
+
+def label(text: str) -> str:
+    return visible(text).replace("\\", "\\\\").replace('"', '\\"')
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -3163,21 +4107,34 @@ Wake it from cron, without a command:
   bgtasks.py [--param_file=F] [--verbose] [--status_only] [--dry_run] [--KEY=VALUE ...]
              [--task=N,..] [--exclude_task=N,..] [--group=G,..] [--exclude_group=G,..]
 
-For people:
-  status [--json]                       every task: its state, next and last run
-  show TASK [--json]                    all that is known of one task
-  history [TASK] [--count N] [--json]   the last runs, newest first
-  log TASK|RUN                          what a run printed
-  run TASK                              run it here and now; exit 0, 1 (failed) or 124 (timed out)
-  next TASK|EXPRESSION [--from ISO] [--count N] [--timezone Z] [--json]
-                                        the next moments, e.g. next "mon,thu 03:30" --count 3
-  lint [FILE]                           check all task files, or one; exit 1 if one is broken
+To see (all with --json):
+  status [--watch]             every task: its state, next and last run; q leaves --watch
+  show TASK                    all that is known of one task
+  explain TASK [--at WHEN]     why it ran or did not, e.g. explain backup --at 2026-03-01T03:30
+  history [TASK] [--count N]   the last runs, newest first
+  log TASK|RUN [--follow]      what a run printed
+  next TASK|EXPRESSION [--from ISO] [--count N] [--timezone Z]
+                               the next moments, e.g. next "mon,thu 03:30" --count 3
+  doctor                       is it woken, often enough, once; is all it needs there; exit 1 if not
+  check                        a line for Nagios; exit 0 to 3
+  metrics                      text for Prometheus
+  lint [FILE]                  check all task files, or one; exit 1 if one is broken
+
+To act:
+  run TASK [--force]           here and now; exit 0, 1 (failed) or 124 (timed out); --force goes
+                               past a pause, a back-off and the window
+  request TASK                 the next look of a runner starts it
+  kill TASK                    end its run
+  clear TASK|--all             what went wrong was seen; ends the back-off
   pause TASK|--all [--for 2h] [--note TEXT], resume TASK|--all
+  new NAME [--language sh]     write a commented sample: python, sh, perl, php, ruby, toml
+  install [--write]            the crontab line, e.g. install --write
+  admin add|remove|list [LOGIN]  who may wake it and act; the password comes from stdin
   --help, --version
 
 Settings, here as --KEY=VALUE or in the param file as KEY = VALUE:
 """
-BARE_FLAGS = ("json", "all", "help", "version")
+BARE_FLAGS = ("json", "all", "help", "version", "watch", "follow", "force", "write")
 
 
 class Invocation(NamedTuple):
@@ -3188,6 +4145,7 @@ class Invocation(NamedTuple):
     flags: Mapping[str, str]  # of the command
     settings: Settings
     clock: Clock
+    param_file: str
 
     def word(self, what: str) -> str:
         if len(self.words) != 1:
@@ -3243,29 +4201,34 @@ def main(argv: Sequence[str] | None = None, clock: Clock | None = None) -> int:
     """Do what the command line asks for and return the exit code (see the table in the README)."""
     _repair_streams()
     os.umask(0o077)
+    words = sys.argv[1:] if argv is None else argv
     try:
-        code = _main(sys.argv[1:] if argv is None else argv, clock or Clock())
+        code = _main(words, clock or Clock())
         sys.stdout.flush()
         return code
-    except BgtasksError as error:
-        return _complain(visible(str(error)), error.exit_code)
     except BrokenPipeError:
         return _die_of("SIGPIPE")
     except KeyboardInterrupt:
         return _die_of("SIGINT")
-    except (OSError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - the one place where a bug of ours ends
+        text, code = _explained(error)
+        if next((word for word in words if word[:2] != "--"), "") == "check":
+            return print_lines([f"BGTASKS UNKNOWN - {one_line(shortened(text, 300))}"]) + 3
+        return _complain(text, code)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """Return what went wrong in one line, and the exit code for it; a bug shows its trace."""
+    if isinstance(error, BgtasksError):
+        return visible(str(error)), error.exit_code
+    if isinstance(error, (OSError, MemoryError)):
         number, file = getattr(error, "errno", errno.ENOMEM), getattr(error, "filename", None)
         limits = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-        code = EXIT_SYSTEM if number in limits else EXIT_IO
-        return _complain(visible(f"{file or 'output'}: {os.strerror(number or 0)}"), code)
-    except Exception:  # noqa: BLE001 - the one place where a bug of ours ends
-        traceback.print_exc()
-        versions = (
-            f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}"
-        )
-        return _complain(
-            f"this is a bug in bgtasks {__version__} ({versions}); report it", EXIT_BUG
-        )
+        text = visible(f"{file or 'output'}: {os.strerror(number or 0)}")
+        return text, EXIT_SYSTEM if number in limits else EXIT_IO
+    traceback.print_exc()
+    versions = f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {sys.platform}"
+    return f"this is a bug in bgtasks {__version__} ({versions}); report it", EXIT_BUG
 
 
 def _complain(text: str, code: int) -> int:
@@ -3313,7 +4276,8 @@ def _main(argv: Sequence[str], clock: Clock) -> int:
     settings = read_settings(arguments, __file__)
     if not command and settings.status_only:
         command = "status"
-    return COMMANDS[command][0](Invocation(command, words, flags, settings, clock))
+    param_file = arguments.get("param_file", "")
+    return COMMANDS[command][0](Invocation(command, words, flags, settings, clock, param_file))
 
 
 def print_lines(lines: Iterable[str]) -> int:
@@ -3337,7 +4301,13 @@ def screen_width() -> int | None:
         return None
 
 
-def open_for_work(settings: Settings) -> Store:
+# N = 2^14, r = 8, p = 5 need 16 MiB: as much as a wake-up itself, and one of OWASP's choices.
+SCRYPT = "16384$8$5"
+FREE_LOGINS = 3  # wrong ones that are answered at once
+MOST_LOGIN_SECONDS = 10.0
+
+
+def open_for_work(settings: Settings, clock: Clock) -> Store:
     """Open the store for a process that may start tasks, after all that must be refused."""
     if os.environ.get("BGTASKS_RUN"):
         raise BusyError("a task cannot wake bgtasks, nor run a task; give it a schedule instead")
@@ -3350,7 +4320,46 @@ def open_for_work(settings: Settings) -> Store:
         test_locks(settings.state_dir)
         store.check_integrity()
         store.put("fact", {"name": "boot", "value": boot}, "name")
+    admins = store.admins()
+    if admins:
+        try:
+            authenticate(settings, store, admins, clock)
+        except BaseException:
+            store.close()
+            raise
     return store
+
+
+def hashed(password: str, salt: str = "", parameters: str = SCRYPT) -> str:
+    """Return a password as scrypt hash with its parameters: scrypt$N$r$p$salt$hash.
+
+    https://cheatsheetseries.owasp.org/cheatsheets/Password_Storage_Cheat_Sheet.html"""
+    n, r, p = (int(number) for number in parameters.split("$"))
+    salt = salt or os.urandom(16).hex()
+    secret, limit = password.encode("utf-8", "surrogateescape"), 256 * n * r
+    key = hashlib.scrypt(secret, salt=bytes.fromhex(salt), n=n, r=r, p=p, maxmem=limit)
+    return f"scrypt${parameters}${salt}${key.hex()}"
+
+
+def authenticate(settings: Settings, store: Store, admins: Mapping[str, str], clock: Clock) -> None:
+    """Raise RefusedError unless auth_user and auth_pwd are those of an administrator.
+
+    An unknown user costs as much time as a wrong password. Each wrong login is counted before it is
+    looked at, and those that follow wait first, so that many at once do not help either."""
+    user, wrong = settings.auth_user, int(store.fact("wrong_logins") or 0)
+    store.put("fact", {"name": "wrong_logins", "value": str(wrong + 1)}, "name")
+    if wrong >= FREE_LOGINS:
+        clock.wait(min(0.25 * 2.0 ** (wrong - FREE_LOGINS), MOST_LOGIN_SECONDS))
+    known = admins.get(user) or f"scrypt${SCRYPT}${'00' * 16}${'00' * 64}"
+    _, n, r, p, salt, _ = known.split("$")
+    given = hashed(settings.auth_pwd, salt, f"{n}${r}${p}")
+    if not hmac.compare_digest(given, known) or user not in admins:
+        store.note_event(
+            "", user_name(os.geteuid()), clock.now(), f"wrong login {shortened(user)!r}"
+        )
+        what = "auth_user and auth_pwd are those of no administrator" if user else "needs auth_user"
+        raise RefusedError(f"{what}; set auth_user and auth_pwd in the param file (chmod 600)")
+    store.put("fact", {"name": "wrong_logins", "value": "0"}, "name")
 
 
 def open_for_reading(settings: Settings) -> Store:
@@ -3366,7 +4375,7 @@ def open_for_reading(settings: Settings) -> Store:
 
 def wake_up_command(call: Invocation) -> int:
     settings, clock = call.settings, call.clock
-    with closing(open_for_work(settings)) as store:
+    with closing(open_for_work(settings, clock)) as store:
         runner = Runner(settings, store, clock, "cli", _teller(settings, clock))
         if settings.dry_run:
             runner.look()
@@ -3384,7 +4393,11 @@ def _left(runner: Runner) -> int:
         return _die_of(signal_name(runner.stop_signal))
     if runner.trouble and not runner.started:
         raise runner.trouble
-    return EXIT_OK
+    return EXIT_FAILED if runner.failed and runner.settings.strict else EXIT_OK
+
+
+def say_nothing(_kind: str, _facts: Mapping[str, Any]) -> None:
+    """Take what a runner tells, for a look."""
 
 
 def _teller(settings: Settings, clock: Clock) -> Tell:
@@ -3394,13 +4407,11 @@ def _teller(settings: Settings, clock: Clock) -> Tell:
     def tell(kind: str, facts: Mapping[str, Any]) -> None:
         nonlocal wiped
         passing = kind == "progress"
-        if passing and not (settings.verbose and sys.stdout.isatty()):
-            return
-        stamp = datetime.fromtimestamp(clock.now(), timezone.utc).astimezone().strftime("%H:%M:%S")
-        text = visible(f"{stamp} {event_line(kind, facts)}")
         if kind == "trouble":
             print(f"bgtasks: {facts['reason']}", file=sys.stderr)
-        elif settings.verbose:
+        elif settings.verbose and (not passing or sys.stdout.isatty()):
+            stamp = time.strftime("%H:%M:%S", time.localtime(clock.now()))
+            text = visible(f"{stamp} {event_line(kind, facts)}")
             text = shortened(text, (screen_width() or 80) - 1) if passing else text
             print(wiped + text, end="" if passing else "\n", flush=True)
             wiped = "\r" + " " * len(text) + "\r" if passing else ""
@@ -3421,9 +4432,41 @@ def print_status(call: Invocation, found: Mapping[str, Any]) -> int:
 
 
 def status_command(call: Invocation) -> int:
+    if "watch" in call.flags:
+        return _watch_status(call)
     with closing(open_for_reading(call.settings)) as store:
         found = status(call.settings, store, call.clock)
     return print_json(found) if "json" in call.flags else print_status(call, found)
+
+
+def _watch_status(call: Invocation) -> int:
+    """Draw the status again every second, only what changed, until somebody presses q or Ctrl-C."""
+    import termios
+    import tty
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("status --watch needs a terminal; use status --json")
+    before, drawn = termios.tcgetattr(0), list[str]()
+    tty.setcbreak(0)
+    mode = termios.tcgetattr(0)
+    mode[3] &= ~termios.ISIG  # Ctrl-C is a key like q, whatever our caller does with its signal
+    termios.tcsetattr(0, termios.TCSADRAIN, mode)
+    print("\x1b[2J", end="")
+    try:
+        while True:
+            with closing(open_for_reading(call.settings)) as store:
+                found = status(call.settings, store, call.clock)
+            width, height = os.get_terminal_size(1)
+            lines = status_lines(found, call.clock.now(), width)[: height - 1]
+            for i, line in enumerate([*lines, *[""] * (len(drawn) - len(lines))]):
+                if i >= len(drawn) or drawn[i] != line:
+                    print(f"\x1b[{i + 1};1H{line}\x1b[K", end="")
+            print(f"\x1b[{len(lines) + 1};1H", end="", flush=True)
+            drawn = lines
+            if call.clock.wait(1.0, [0]) and os.read(0, 64)[:1] in (b"q", b"Q", b"\x03", b""):
+                return EXIT_OK
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
 def _task_named(call: Invocation, store: Store, name: str) -> dict[str, Any]:
@@ -3455,20 +4498,56 @@ def history_command(call: Invocation) -> int:
     return print_lines(history_lines(runs, call.clock.now(), screen_width()))
 
 
+def _run_named(call: Invocation, store: Store, word: str) -> Row:
+    """Return a run by its number, or the last one of a task. Raises NoTaskError."""
+    if word.isascii() and word.isdigit() and len(word) < 19:
+        run = store.run(int(word))
+    else:
+        run = next(iter(store.history(word, 1)), None)
+        if not run:
+            _task_named(call, store, word)
+    if not run:
+        raise NoTaskError(f"there is no run of {shortened(word)!r}; see history")
+    return run
+
+
 def log_command(call: Invocation) -> int:
     word = call.word("TASK or RUN")
     with closing(open_for_reading(call.settings)) as store:
-        if word.isascii() and word.isdigit() and len(word) < 19:
-            run = store.run(int(word))
-        else:
-            run = next(iter(store.history(word, 1)), None)
-            if not run:
-                _task_named(call, store, word)
-    if not run:
-        raise NoTaskError(f"there is no run of {shortened(word)!r}; see history")
-    live = os.path.join(call.settings.state_dir, "runs", run["live"])
-    running = run["outcome"] == RUNNING
-    return _print_output(read_output(live, call.settings.secrets) if running else run["output"])
+        run = _run_named(call, store, word)
+        live = os.path.join(call.settings.state_dir, "runs", run["live"])
+        running = run["outcome"] == RUNNING
+        output = read_output(live, call.settings.secrets) if running else run["output"]
+        if "json" in call.flags:
+            return print_json({**run_row(run), "output": output})
+        if not running or "follow" not in call.flags:
+            return _print_output(output)
+        shown, over = Follower(live, call.settings.secrets), False
+        while not over:
+            over = read_end(run, live, (), int) is not None
+            shown.print_new(last=over)
+            call.clock.wait(0.0 if over else 0.2)
+    return EXIT_OK
+
+
+class Follower:
+    """Prints what a run has printed since the last call; whole lines, as secrets must be whole."""
+
+    def __init__(self, live: str, secrets: Iterable[str]) -> None:
+        self._path, self._secrets, self._at = live + ".out", secrets, 0
+
+    def print_new(self, *, last: bool) -> None:
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._at)
+                content = file.read(1 << 20)
+        except FileNotFoundError:
+            return
+        content = content if last else content[: content.rfind(b"\n") + 1]
+        self._at += len(content)
+        if content:
+            _print_output(masked(content, self._secrets))
+            sys.stdout.flush()
 
 
 def _print_output(text: str) -> int:
@@ -3477,26 +4556,66 @@ def _print_output(text: str) -> int:
 
 
 def run_command(call: Invocation) -> int:
-    """Run one task here and now; what it printed is shown when it has ended."""
+    """Run one task here and now; what it prints is shown as it comes."""
     name, settings, clock = call.word("TASK"), call.settings, call.clock
-    with closing(open_for_work(settings)) as store:
-        runner = Runner(settings, store, clock, "hand", _teller(settings, clock))
+    followers: dict[str, Follower] = {}
+
+    def tell(kind: str, facts: Mapping[str, Any]) -> None:
+        for run in facts["runs"] if kind == "progress" else ():
+            if run.live not in followers:
+                followers[run.live] = Follower(run.live, settings.secrets)
+            followers[run.live].print_new(last="ended" in facts)
+
+    with closing(open_for_work(settings, clock)) as store:
+        runner = Runner(settings, store, clock, "hand", tell)
         runner.read_folder()
-        task = _task_named(call, store, name)
-        if task["state"] not in ("active", "disabled"):
-            error = BusyError if task["state"] == "paused" else NoTaskError
-            raise error(f"{name}: {task['state']}: {task['reason']}")
+        task, row = _task_named(call, store, name), store.task(name)
+        if task["state"] in ("broken", "missing") or not row:
+            raise NoTaskError(f"{name}: {task['state']}: {task['reason']}")
+        held = by_hand_held(task_from(row), row, settings, clock.now())
+        if held and "force" not in call.flags:
+            text, way_out = (part.format(task=name, detail=held[1]) for part in REASONS[held[0]])
+            raise BusyError(f"{name}: {text.replace('was', 'is')}; {way_out}")
         run = runner.run_by_hand(name)
     if run is None:
         raise runner.trouble or BusyError(f"{name}: is running already; see status")
-    _print_output(run["output"])
-    about = joined(run["reason"], run["message"])
-    print(visible(f"bgtasks: {name}: {run['outcome']}" + (about and f": {about}")), file=sys.stderr)
+    return _say_end(run, runner)
+
+
+def _say_end(run: Row, runner: Runner) -> int:
+    code = "" if run["exit_code"] in (None, 0) else f"exit code {run['exit_code']}"
+    reason = "" if run["reason"].startswith(code) else code
+    about = joined(reason, run["reason"], run["message"])
+    text = f"bgtasks: {run['task']}: {run['outcome']}" + (about and f": {about}")
+    print(visible(text), file=sys.stderr)
     if run["outcome"] in (DONE, NOTHING, MORE) or runner.stop_signal:
         return _left(runner)
     if run["outcome"] == TIMED_OUT:
         return EXIT_TIMED_OUT
-    return 128 - run["exit_code"] if (run["exit_code"] or 0) < 0 else EXIT_FAILED
+    number = int(run["exit_code"] or 0)
+    return 128 - number if number < 0 else EXIT_FAILED
+
+
+def kill_command(call: Invocation) -> int:
+    """End the run of a task: it is asked, then ended; say how it went."""
+    name, settings, clock = call.word("TASK"), call.settings, call.clock
+    by = user_name(os.geteuid())
+    with closing(open_for_work(settings, clock)) as store:
+        _task_named(call, store, name)
+        row = next((row for row in store.open_runs() if row["task"] == name), None)
+        live = os.path.join(settings.state_dir, "runs", row["live"]) if row else ""
+        if not row or read_end(row, live, (), int) is not None:
+            raise NoTaskError(f"{name}: is not running; see status")
+        note(append_to(live + ".keeper"), killed=by)
+        _end_run(row, live, clock)
+        store.note_event(name, by, clock.now(), f"killed run {row['id']}")
+        Runner(settings, store, clock, "hand", say_nothing).settle()
+        run = store.run(row["id"]) or row
+    print(
+        f"{name}: run {run['id']} "
+        + ("is still there" if run["outcome"] == RUNNING else run["outcome"])
+    )
+    return EXIT_FAILED if run["outcome"] == RUNNING else EXIT_OK
 
 
 def next_command(call: Invocation) -> int:
@@ -3552,32 +4671,274 @@ def lint_command(call: Invocation) -> int:
     else:
         refuse_unsafe_folder(settings.tasks_dir)
         tasks, _, ignored = discover(settings, {})
-    lines = [f"{file}: ignored: {reason}" for file, reason in ignored.items()]
+    rows = [(file, "ignored", reason) for file, reason in ignored.items()]
     for task in tasks:
-        lines.append(f"{task.file}: " + (f"broken: {task.error}" if task.error else "ok"))
+        rows.append((task.file, "broken" if task.error else "ok", task.error))
         notes = [] if task.error else schedule_notes(task.settings["schedule"])
-        lines += [f"{task.file}: note: {note}" for note in notes]
-    print_lines(visible(line) for line in sorted(lines))
+        rows += [(task.file, "note", text) for text in notes]
+    if "json" in call.flags:
+        print_json([dict(zip(("file", "state", "text"), row)) for row in sorted(rows)])
+    else:
+        print_lines(visible(": ".join(filter(None, row))) for row in sorted(rows))
     return EXIT_FAILED if any(task.error for task in tasks) else EXIT_OK
+
+
+def _end_run(row: Row, live: str, clock: Clock) -> None:
+    """Tell the keeper of a run to end it, or end it in its place; wait until it is over."""
+    notes, until = read_notes(live), clock.monotonic() + GRACE_SECONDS + 5
+    keeper, noted = notes.get("keeper", [0, ""])
+    asked = False
+    while read_end(row, live, (), int) is None and clock.monotonic() < until:
+        if not noted or identity(keeper) != noted:
+            clear_group(notes.get("group", [0])[0], GRACE_SECONDS, clock)
+        elif not asked:
+            signal_process(keeper, signal.SIGTERM)
+            asked = True
+        clock.wait(0.05)
+
+
+def explain_command(call: Invocation) -> int:
+    """Say why a task ran or did not, up to now or up to --at."""
+    now, name = call.clock.now(), call.word("TASK")
+    with closing(open_for_reading(call.settings)) as store:
+        task = _task_named(call, store, name)
+        at = now
+        if "at" in call.flags:
+            zone = Zone(call.settings.timezone)
+            at = float(_usage("--at", lambda: read_moment(call.flags["at"], zone, 0.0)))
+        row = store.task(name)
+        found = explain(call.settings, store, task, now, at)
+        if row and at == now and task["state"] == "active":
+            runner = Runner(call.settings, store, call.clock, "cli", say_nothing)
+            held = runner.held_because({"running_since": None, **row}, now)
+            if held:
+                reason = {"task": name, "reason": held[0], "detail": held[1]}
+                found["sentences"].append(f"now: {reason_text(reason)}")
+    if "json" in call.flags:
+        return print_json(found)
+    text = " ".join(f"{said[:1].upper()}{said[1:]}." for said in found["sentences"])
+    return print_lines(wrapped(text, screen_width() or 100))
+
+
+def doctor_command(call: Invocation) -> int:
+    """Say what is well and what is not, with the way out; 1 if something is not."""
+    settings, now = call.settings, call.clock.now()
+    with closing(open_for_reading(settings)) as store:
+        tasks = task_rows(settings, store, now)
+        found = [
+            *judge_wakeups(settings, store, now),
+            *judge_crontab(read_crontab(), os.path.realpath(__file__)),
+            *judge_tasks(tasks, now),
+            *judge_packages(tasks),
+            *judge_fit(settings, tasks),
+            *judge_place(settings, store),
+        ]
+    if "json" in call.flags:
+        print_json([finding._asdict() for finding in found])
+    else:
+        words = ("ok", "WARNING", "CRITICAL")
+        rows = [
+            (words[f.level], f.about, f.text + f"; {f.way_out}" * bool(f.way_out))
+            for f in sorted(found, key=lambda f: -f.level)
+        ]
+        print_lines(table([tuple(visible(cell) for cell in row) for row in rows], screen_width()))
+    return EXIT_FAILED if any(f.level for f in found) else EXIT_OK
+
+
+def read_crontab() -> str | None:
+    """Return the crontab of this user, None if it cannot be read; empty if there is none."""
+    try:
+        done = subprocess.run(["crontab", "-l"], capture_output=True, timeout=10, check=False)  # noqa: S607 - where it lies differs
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode("utf-8", "replace")
+
+
+def check_command(call: Invocation) -> int:
+    """Print one line as a Nagios plugin does; whatever goes wrong here is UNKNOWN, 3."""
+    settings, now = call.settings, call.clock.now()
+    with closing(open_for_reading(settings)) as store:
+        tasks = [t for t in task_rows(settings, store, now) if t["state"] != "ignored"]
+        findings = [*judge_tasks(tasks, now), *judge_wakeups(settings, store, now)]
+        age = max(0.0, now - store.last_seen())
+    line = check_line(findings, tasks, age if store.path != ":memory:" else 0.0)
+    level = max((finding.level for finding in findings), default=0)
+    if "json" in call.flags:
+        print_json({"level": level, "line": line, "findings": [f._asdict() for f in findings]})
+    else:
+        print_lines([line])
+    return level
+
+
+def metrics_command(call: Invocation) -> int:
+    with closing(open_for_reading(call.settings)) as store:
+        found = status(call.settings, store, call.clock)
+    if "json" in call.flags:
+        return print_json(found)
+    return print_lines(metric_lines(found))
+
+
+def request_command(call: Invocation) -> int:
+    now = call.clock.now()
+
+    def request(store: Store, name: str, by: str) -> None:
+        with store:
+            store.change(name, extra_at=now, extra_trigger="request")
+            store.note_event(name, by, now, "requested")
+
+    return _for_tasks(call, request)
+
+
+def clear_command(call: Invocation) -> int:
+    now = call.clock.now()
+
+    def clear(store: Store, name: str, by: str) -> None:
+        with store:
+            forgive(store, name, now)
+            store.note_event(name, by, now, "cleared")
+
+    return _for_tasks(call, clear)
+
+
+SAMPLES = {  # by language: suffix, what stands above the settings, what below them
+    "python": (
+        *(
+            "py",
+            "",
+            "def run(task):\n    for item in task.each([1, 2, 3]):  # until the deadline\n",
+        ),
+        '        task.add_volume(1)\n    return "what people should know"\n',
+    ),
+    "sh": (
+        *("sh", "#!/bin/sh\n", 'echo "works until $BGTASKS_DEADLINE"\n'),
+        'echo "volume=1" >>"$BGTASKS_REPORT"\n',
+    ),
+    "perl": ("pl", "#!/usr/bin/env perl\n", 'print "works until $ENV{BGTASKS_DEADLINE}\\n";\n'),
+    "php": ("php", "#!/usr/bin/env php\n<?php\n", 'echo getenv("BGTASKS_DEADLINE"), "\\n";\n'),
+    "ruby": ("rb", "#!/usr/bin/env ruby\n", 'puts "until #{ENV["BGTASKS_DEADLINE"]}"\n'),
+    "toml": ("toml", "", 'command = ["echo", "hello"]\n'),
+}
+SAMPLE_SETTINGS = (
+    'description = "Say in one line what it is for"',
+    'schedule = "daily 03:30"  # or "every 15 min", "mon,thu 07:00", "*/10 8-18 * * *"',
+    '# window = "22:00-06:00"   # hours in which it may start',
+    '# timeout = "1 h"          # then it is ended',
+    "# options = { days = 7 }   # handed to the task",
+)
+
+
+def new_command(call: Invocation) -> int:
+    """Write a commented sample of a task; nothing is overwritten."""
+    name, language = call.word("NAME"), call.flags.get("language", "python")
+    if language not in SAMPLES:
+        raise UsageError(f"--language: {shortened(language)!r}; allowed are {', '.join(SAMPLES)}")
+    suffix, head, *body = SAMPLES[language]
+    reason = ignored_because(f"{name}.{suffix}")
+    if reason:
+        raise UsageError(f"{shortened(name)!r} cannot be a task: {reason}")
+    refuse_unsafe_folder(call.settings.tasks_dir)
+    lines: tuple[str, ...] = SAMPLE_SETTINGS
+    if suffix != "toml":
+        lines = tuple(f"# {line}" for line in ("/// script", "[tool.bgtasks]", *lines, "///"))
+    path = os.path.join(call.settings.tasks_dir, f"{name}.{suffix}")
+    mode = 0o600 if suffix in ("py", "toml") else 0o700
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except OSError as error:
+        raise cannot_create(path, error) from None
+    with open(fd, "w") as file:
+        file.write(head + "\n".join(lines) + "\n" + "".join(body))
+    return print_lines([f"{path}: written; change it, then: lint {name}.{suffix}, run {name}"])
+
+
+def crontab_line(settings: Settings, files: str) -> str:
+    """Return the line that wakes this installation, with absolute paths only.
+
+    It starts the module, which Python keeps compiled; a script is compiled at each start."""
+    folder, file = os.path.split(os.path.realpath(__file__))
+    words = [sys.executable, "-m", os.path.splitext(file)[0]]
+    if files:
+        words.append(
+            f"--param_file={','.join(os.path.abspath(f.strip()) for f in files.split(','))}"
+        )
+    command = " ".join(shlex.quote(word) for word in words)
+    command = f"cd {shlex.quote(folder)} && {command}".replace("%", "\\%")  # crontab(5)
+    return f"*/5 * * * * {command} # bgtasks {settings.state_dir}"
+
+
+def install_command(call: Invocation) -> int:
+    """Print the crontab line, or put it into the user's crontab, once; known by its mark."""
+    line = crontab_line(call.settings, call.param_file)
+    if "write" not in call.flags:
+        return print_lines([line])
+    crontab = read_crontab()
+    if crontab is None:
+        raise UnavailableError(f"there is no crontab command here; let something else wake: {line}")
+    mark = line.rpartition(" # ")[2]
+    kept = [old for old in crontab.splitlines() if not old.endswith(f" # {mark}")]
+    text = "\n".join([*kept, line]) + "\n"
+    if text != crontab:
+        done = subprocess.run(
+            ["crontab", "-"],  # noqa: S607 - where it lies differs
+            input=text.encode(),
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RefusedError(f"crontab: {shortened(done.stderr.decode('utf-8', 'replace'), 200)}")
+    return print_lines([f"in the crontab of {user_name(os.geteuid())}: {line}"])
+
+
+def admin_command(call: Invocation) -> int:
+    """Register, remove or list administrators; a password is never taken from the arguments."""
+    action, login = [*call.words, "", ""][:2]
+    if (action, bool(login)) not in (("add", True), ("remove", True), ("list", False)) or len(
+        call.words
+    ) > 2:
+        raise UsageError("admin needs add LOGIN, remove LOGIN, or list; see --help")
+    read_plain(login)
+    with closing(open_for_work(call.settings, call.clock)) as store:
+        if action == "list":
+            names = sorted(store.admins())
+            return print_json(names) if "json" in call.flags else print_lines(names)
+        if action == "remove" and login not in store.admins():
+            raise NoTaskError(f"there is no administrator {shortened(login)!r}")
+        password = _new_password() if action == "add" else ""
+        by = user_name(os.geteuid())
+        store.write_admin(login, hashed(password) if password else "", by, call.clock.now())
+    return EXIT_OK
+
+
+def _new_password() -> str:
+    """Return a password from the terminal, or from the first line of stdin."""
+    if sys.stdin.isatty():
+        password = getpass.getpass("password: ")
+        if password != getpass.getpass("again: "):
+            raise UsageError("the two passwords differ; nothing was changed")
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if len(password) < 8:
+        raise UsageError("a password has at least 8 characters; nothing was changed")
+    return password
 
 
 def pause_command(call: Invocation) -> int:
     now, note, until = call.clock.now(), shortened(call.flags.get("note", ""), 200), None
     if "for" in call.flags:
         until = now + float(_usage("--for", lambda: read_duration(call.flags["for"])))
-    return _for_tasks(call, lambda store, name, by: store.pause(name, by, now, until, note))
+    return _for_tasks(call, lambda store, name, by: pause(store, name, by, now, until, note))
 
 
 def resume_command(call: Invocation) -> int:
     now = call.clock.now()
-    return _for_tasks(call, lambda store, name, by: store.resume(name, by, now))
+    return _for_tasks(call, lambda store, name, by: resume(store, name, by, now))
 
 
 def _for_tasks(call: Invocation, do: Callable[[Store, str, str], None]) -> int:
     """Do something to the one task that was named, or to all of them."""
     if bool(call.words) == ("all" in call.flags):
         raise UsageError(f"{call.command} needs one TASK, or --all; see --help")
-    with closing(open_for_work(call.settings)) as store:
+    with closing(open_for_work(call.settings, call.clock)) as store:
         teller = _teller(call.settings, call.clock)
         Runner(call.settings, store, call.clock, "hand", teller).read_folder()
         names = [row["name"] for row in store.tasks()]
@@ -3590,13 +4951,23 @@ def _for_tasks(call: Invocation, do: Callable[[Store, str, str], None]) -> int:
 
 COMMANDS: Mapping[str, tuple[Callable[[Invocation], int], tuple[str, ...]]] = {
     "": (wake_up_command, ()),
-    "status": (status_command, ("json",)),
+    "status": (status_command, ("json", "watch")),
+    "explain": (explain_command, ("at", "json")),
+    "doctor": (doctor_command, ("json",)),
+    "check": (check_command, ("json",)),
+    "metrics": (metrics_command, ("json",)),
     "show": (show_command, ("json",)),
     "history": (history_command, ("count", "json")),
-    "log": (log_command, ()),
-    "run": (run_command, ()),
+    "log": (log_command, ("follow", "json")),
+    "run": (run_command, ("force",)),
+    "request": (request_command, ("all",)),
+    "kill": (kill_command, ()),
+    "clear": (clear_command, ("all",)),
+    "new": (new_command, ("language",)),
+    "install": (install_command, ("write",)),
+    "admin": (admin_command, ("json",)),
     "next": (next_command, ("from", "count", "timezone", "json")),
-    "lint": (lint_command, ()),
+    "lint": (lint_command, ("json",)),
     "pause": (pause_command, ("all", "for", "note")),
     "resume": (resume_command, ("all",)),
 }

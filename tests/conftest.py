@@ -31,8 +31,9 @@ class FakeClock(bgtasks.Clock):
         return self.ticks
 
     def wait(self, seconds, readable=()):
-        super().wait(0, readable)
+        ready = super().wait(0, readable)
         self.advance(max(0.0, seconds))
+        return ready
 
     def advance(self, seconds):
         self.moment += seconds

@@ -121,6 +121,7 @@ def test_what_is_killed_at_any_moment_loses_nothing_and_repeats_nothing(site, vi
     print(f"seed {seed}")
     chance = random.Random(seed)
     add_tasks(site, 6)
+    site.params.write_text("node = here\nmax_interruptions = 0\n")
     site.wake()
     for _ in range(KILLS // 3):
         site.make_due()

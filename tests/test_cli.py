@@ -22,7 +22,9 @@ RUN_KEYS += ["message", "exit_code", "trigger", "node"]
 TASK_KEYS = {"name", "state", "reason", "schedule", "next_run_at", "running", "progress"}
 TASK_KEYS |= {"last_started_at", "last_ended_at", "last_outcome", "runs", "failures"}
 TASK_KEYS |= {"consecutive_failures", "last_seconds", "min_seconds", "average_seconds"}
-TASK_KEYS |= {"max_seconds", "volume", "description"}
+TASK_KEYS |= {"max_seconds", "volume", "description", "group", "deferred", "retry_at"}
+TASK_KEYS |= {"usual_seconds", "total_seconds", "overran_seconds", "last_success_at"}
+TASK_KEYS |= {"paused_until", "unacknowledged"}
 
 
 def refused(site, code, *args):
@@ -217,7 +219,7 @@ def test_history_as_json_newest_first(site):
     site.shell("a", "exit 3")
     site.shell("b", "")
     site.wake()
-    site.run("run", "a")
+    site.run("run", "a", "--force")
     found = site.json("history")
     assert [(run["id"], run["task"], run["trigger"]) for run in found] == [
         (3, "a", "hand"),
@@ -303,7 +305,7 @@ def test_run_is_refused_while_it_runs_or_is_paused_and_broken_tasks_are_66(site)
     assert "is running already" in refused(site, 75, "run", "a")
     runner.wait()
     site.run("pause", "a")
-    assert "a: paused: by root" in refused(site, 75, "run", "a")
+    assert "a: it is paused by root; resume a" in refused(site, 75, "run", "a")
     assert "b: broken: b.py" in refused(site, 66, "run", "b")
 
 
@@ -406,8 +408,8 @@ def test_tables_fit_the_terminal(site, columns):
     site.shell("a", "exit 1", description="long " * 50)
     site.shell("b" * 64, "", description="long " * 50)
     site.wake()
-    for command in ("status", "history"):
-        text = on_terminal(site.command(command), columns, {"NO_COLOR": "1"})
+    for command in ("status", "history", "doctor", "explain a"):
+        text = on_terminal(site.command(*command.split()), columns, {"NO_COLOR": "1"})
         assert text
         assert "\x1b" not in text
         assert max(len(line) for line in text.split("\r\n")) <= columns

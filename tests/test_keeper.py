@@ -576,3 +576,23 @@ def test_what_was_ended_with_its_runner_is_interrupted():
     ended = {"end": "interrupted", "status": -15}
     assert bgtasks._judge(ended, {}) == ("interrupted", "the runner was told to stop")
     assert bgtasks._judge({**ended, "exit": 0}, {}) == ("done", "")
+
+
+def test_a_signal_that_came_before_the_program_reaches_it(site):
+    settings = {key: default for key, (_, default) in bgtasks.TASK_SETTINGS.items()}
+    task = bgtasks.Task("a", "a.toml", argv=("sleep", "60"), settings=settings)
+    env = {"PATH": os.environ["PATH"]}
+    brief = bgtasks.Brief(task, str(site.folder / "x"), (0, ""), str(site.tasks), 0, 0, env, {})
+
+    def body():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        os.kill(os.getpid(), signal.SIGTERM)
+        return int(bgtasks._run_program(brief, 2) != (-signal.SIGTERM, ""))
+
+    assert os.waitpid(bgtasks.fork(body), 0)[1] == 0
+
+
+def test_what_lies_beside_the_program_is_found_whatever_the_callers_path_is(site):
+    site.python("a", "import bgtasks", schedule="manual")
+    for path in ("", str(PROGRAM.parent)):
+        assert site.run("run", "a", env={"PYTHONPATH": path}).returncode == 0

@@ -57,6 +57,7 @@ def test_the_order_of_due_tasks(site):
     site.wake()
     site.make_due()
     site.change("UPDATE task SET next_run_at = next_run_at - 100 WHERE name = 'b_later'")
+    site.change("UPDATE task SET not_before = NULL")
     site.ledger.unlink()
     site.wake()
     assert noted(site) == ["c_first", "b_later", "a_late", "a_failed"]
@@ -88,9 +89,9 @@ def test_always_runs_once_in_every_wake_up(site):
 
 
 def test_missed_slots_collapse_into_one_run(site):
-    note(site, "a", schedule="every 1 min")
+    note(site, "a", schedule="every 1 d")
     site.wake()
-    site.change("UPDATE task SET next_run_at = next_run_at - 86400")
+    site.change("UPDATE task SET next_run_at = next_run_at - 864000")
     site.wake()
     site.wake()
     assert noted(site) == ["a", "a"]
@@ -136,6 +137,7 @@ def test_after_an_interruption_a_task_waits_or_runs_again(site, choice, runs):
     site.shell("a", "kill -9 0", schedule="every 1 d", on_interrupt=choice)
     site.wake()
     site.change("UPDATE run SET ended_at = NULL, outcome = 'running'")
+    site.change("UPDATE task SET not_before = NULL, extra_at = NULL, extra_trigger = NULL")
     site.wake()
     assert outcomes(site, "a")[0] == "interrupted"
     assert len(outcomes(site, "a")) == runs
@@ -580,7 +582,7 @@ def test_a_signal_to_stop_is_passed_on_to_the_keepers(runner):
     signals = runner._catch_signals()
     try:
         runner.running = {child.pid: None}
-        runner.queue = [{}]
+        runner.queue = [{"name": "a"}]
         os.kill(os.getpid(), signal.SIGHUP)
         runner._take_signals()
     finally:

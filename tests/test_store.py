@@ -51,6 +51,8 @@ def claim(store, task, slot=NOW, **values):
             "live": os.urandom(4).hex(),
             "node": "here",
             "steps": 0,
+            "missed_slots": 0,
+            "last_started_at": None,
             "now": NOW,
             **values,
         }
@@ -58,7 +60,7 @@ def claim(store, task, slot=NOW, **values):
 
 
 def end(outcome="done", **values):
-    nothing = dict.fromkeys(("volume", "exit_code", "peak_kib", "state", "next_run_at", "again"))
+    nothing = dict.fromkeys(("volume", "exit_code", "peak_kib"))
     texts = dict.fromkeys(("reason", "message", "output"), "")
     return {
         **nothing,
@@ -69,6 +71,14 @@ def end(outcome="done", **values):
         "now": NOW + 5,
         **values,
     }
+
+
+def finish(store, run, ended=None, **follows):
+    return store.finish(run, ended or end(), follows)
+
+
+def pause(store, name, by="x", until=None, note=""):
+    bgtasks.pause(store, name, by, NOW, until, note)
 
 
 def columns(store, task, *names):
@@ -271,6 +281,28 @@ def test_an_empty_store_in_memory_stands_for_one_that_is_not_there(tmp_path, mon
     assert os.listdir(tmp_path) == ["runs"]
 
 
+def test_a_file_of_an_older_version_is_migrated_and_keeps_what_it_holds(state):
+    state.mkdir()
+    db = sqlite3.connect(state / "bgtasks.db")
+    db.executescript(bgtasks.MIGRATIONS[0])
+    db.execute(f"PRAGMA application_id = {bgtasks.APPLICATION_ID}")
+    db.execute("PRAGMA user_version = 1")
+    columns = 'name, file, script, fingerprint, definition, error, enabled, "order", "group"'
+    definition = '["", ["true"], {"schedule": "every 1 min", "timezone": ""}]'
+    db.execute(
+        f"INSERT INTO task ({columns}) VALUES ('a', 'a', '', 'x', '{definition}', '', 1, 1, 'g')"
+    )
+    db.commit()
+    db.close()
+    with closing(open_store(str(state))) as store:
+        version = store.row("PRAGMA user_version")["user_version"]
+        assert version == len(bgtasks.MIGRATIONS)
+        row = store.task("a")
+        assert (row["fingerprint"], row["interruptions"]) == ("x", 0)
+        # settings that the older version did not know have their defaults
+        assert bgtasks.task_from(row).settings["retries"] == 3
+
+
 def test_fifty_processes_make_the_schema_once(state):
     code = (
         f"import sys; sys.path.insert(0, {os.path.dirname(bgtasks.__file__)!r})\n"
@@ -335,7 +367,7 @@ def test_a_task_with_an_open_run_is_not_claimed_for_its_next_slot(store):
 
 def test_a_slot_that_was_started_before_is_not_due_for_ever(store):
     add(store, "a")
-    store.finish(claim(store, "a"), end())
+    finish(store, claim(store, "a"), end())
     store.execute("UPDATE task SET next_run_at = ?", (NOW,))
     assert claim(store, "a") is None
     assert columns(store, "a", "next_run_at", "runs") == (NOW + 60, 1)
@@ -343,7 +375,7 @@ def test_a_slot_that_was_started_before_is_not_due_for_ever(store):
 
 def test_after_the_clock_was_set_back_the_same_slot_is_another(store):
     add(store, "a")
-    store.finish(claim(store, "a"), end())
+    finish(store, claim(store, "a"), end())
     store.execute("UPDATE task SET next_run_at = ?", (NOW,))
     assert claim(store, "a", steps=1) == 2
 
@@ -367,18 +399,19 @@ def test_what_changed_since_it_was_read_is_not_started(store, change):
 
 def test_by_hand_a_task_that_is_disabled_is_started(store):
     add(store, "a", enabled=False)
-    assert store.due(NOW) == []
+    assert claim(store, "a") is None
     assert claim(store, "a", None, trigger="hand") == 1
     assert columns(store, "a", "next_run_at") == (NOW,)
 
 
 def test_an_extra_start_is_claimed_once_and_a_slot_swallows_it(store):
     add(store, "a", NOW + 60)
-    store.finish(claim(store, "a", None, trigger="hand"), end("more", again="repeat"))
+    again = {"extra_at": NOW + 5, "extra_trigger": "repeat"}
+    finish(store, claim(store, "a", None, trigger="hand"), end("more"), **again)
     assert columns(store, "a", "extra_at", "extra_trigger") == (NOW + 5, "repeat")
     assert claim(store, "a", None, extra_at=NOW) is None
-    store.finish(claim(store, "a", None, extra_at=NOW + 5), end("more", again="repeat"))
-    store.finish(claim(store, "a", NOW + 60), end())
+    finish(store, claim(store, "a", None, extra_at=NOW + 5), end("more"), **again)
+    finish(store, claim(store, "a", NOW + 60), end())
     assert columns(store, "a", "extra_at", "extra_trigger") == (None, None)
 
 
@@ -392,14 +425,25 @@ def test_what_could_not_be_started_is_given_back_as_it_was(store):
     assert claim(store, "a") == 2
 
 
+def test_a_slot_is_missed_once(store):
+    add(store, "a")
+    values = {"task": "a", "slot": NOW, "next_run_at": NOW + 60, "planned_at": NOW, "now": NOW + 9}
+    values.update(steps=0, reason="late", trigger="cli", node="here", missed_slots=0, live="x")
+    store.miss(values)
+    store.miss({**values, "live": "y"})
+    (run,) = store.history("a", 9)
+    assert (run["outcome"], run["reason"], run["ended_at"]) == ("missed", "late", NOW + 9)
+    assert columns(store, "a", "next_run_at", "runs") == (NOW + 60, 0)
+
+
 # -- ends and what is counted
 
 
 def test_an_end_is_written_once(store):
     add(store, "a")
     run = claim(store, "a")
-    assert store.finish(run, end(message="first"))["message"] == "first"
-    assert store.finish(run, end("failed", message="late")) is None
+    assert finish(store, run, end(message="first"))["message"] == "first"
+    assert finish(store, run, end("failed", message="late")) is None
     assert store.run(run)["message"] == "first"
     assert columns(store, "a", "failures", "last_outcome") == (0, "done")
 
@@ -410,20 +454,20 @@ def test_what_is_counted(store):
         [("done", 2.0), ("failed", 4.0), ("timed_out", 6.0), ("killed", 1.0), ("interrupted", None)]
     ):
         run = claim(store, "a", NOW + 60 * i)
-        store.finish(run, end(outcome, seconds=seconds, volume=i))
+        finish(store, run, end(outcome, seconds=seconds, volume=i))
     counted = ("runs", "ended", "failures", "consecutive_failures", "volume")
     assert columns(store, "a", *counted) == (5, 4, 2, 2, 10)
     times = ("min_seconds", "max_seconds", "total_seconds", "last_seconds", "last_outcome")
     assert columns(store, "a", *times) == (1.0, 6.0, 13.0, 1.0, "interrupted")
-    store.finish(claim(store, "a", NOW + 300), end("more"))
+    finish(store, claim(store, "a", NOW + 300), end("more"))
     assert columns(store, "a", "consecutive_failures", "last_success_at") == (0, NOW)
 
 
 def test_state_and_next_run_are_kept_only_if_reported(store):
     add(store, "a")
-    store.finish(claim(store, "a"), end(state='{"n": 1}', next_run_at=NOW + 999))
+    finish(store, claim(store, "a"), state='{"n": 1}', next_run_at=NOW + 999)
     assert columns(store, "a", "state", "next_run_at") == ('{"n": 1}', NOW + 999)
-    store.finish(claim(store, "a", NOW + 999), end())
+    finish(store, claim(store, "a", NOW + 999), end())
     assert columns(store, "a", "state", "next_run_at") == ('{"n": 1}', NOW + 1059)
 
 
@@ -431,9 +475,9 @@ def test_the_usual_duration_is_the_90th_percentile_of_the_last_20(store):
     add(store, "a")
     assert store.usual_seconds("a") is None
     for i in range(30):
-        store.finish(claim(store, "a", NOW + 60 * i), end(seconds=float(i)))
-    store.finish(claim(store, "a", NOW + 1800), end("more", seconds=500.0))
-    store.finish(claim(store, "a", NOW + 1860), end(seconds=601.0))
+        finish(store, claim(store, "a", NOW + 60 * i), end(seconds=float(i)))
+    finish(store, claim(store, "a", NOW + 1800), end("more", seconds=500.0))
+    finish(store, claim(store, "a", NOW + 1860), end(seconds=601.0))
     assert store.usual_seconds("a") == 28.0
 
 
@@ -442,22 +486,31 @@ def test_due_and_the_next_slot(store):
     add(store, "later", NOW + 7)
     add(store, "off", NOW - 5, enabled=False)
     add(store, "paused", NOW - 5)
-    store.pause("paused", "me", NOW, NOW + 60, "")
+    pause(store, "paused", until=NOW + 60)
     add(store, "manual", None)
-    assert [row["name"] for row in store.due(NOW)] == ["due"]
-    assert store.next_due(NOW) == NOW + 7
-    assert store.next_due(NOW + 7) is None
-    assert {row["name"] for row in store.due(NOW + 60)} == {"due", "later", "paused"}
+    add(store, "retry", NOW + 600)
+    store.change("retry", extra_at=NOW + 3, extra_trigger="retry", not_before=NOW + 5)
+    assert {row["name"] for row in store.due(NOW)} == {"due", "off", "paused"}
+    assert store.next_due(NOW) == NOW + 5
+    assert store.next_due(NOW + 5) == NOW + 7
+    assert store.next_due(NOW + 600) is None
+    assert {row["name"] for row in store.due(NOW + 60)} == {
+        "due",
+        "off",
+        "later",
+        "paused",
+        "retry",
+    }
 
 
 def test_pause_and_resume_are_noted(store):
     add(store, "a")
-    store.pause("a", "ann", NOW, None, "why")
-    assert store.due(NOW) == []
-    store.resume("a", "bob", NOW + 1)
-    assert len(store.due(NOW)) == 1
-    events = store.rows("SELECT by, what FROM event ORDER BY id")
-    assert [tuple(event) for event in events] == [("ann", "paused why"), ("bob", "resumed")]
+    pause(store, "a", "ann", note="why")
+    assert claim(store, "a") is None
+    bgtasks.resume(store, "a", "bob", NOW + 1)
+    assert claim(store, "a") == 1
+    events = [(event["by"], event["what"]) for event in store.events("a", 9)]
+    assert events == [("bob", "resumed"), ("ann", "paused; why")]
 
 
 def test_a_plan_is_moved_only_if_nobody_else_did(store):
@@ -485,7 +538,7 @@ def test_nothing_is_open_when_a_transaction_ends(store):
     add(store, "a")
     seen = []
     store._connection.set_trace_callback(seen.append)
-    store.finish(claim(store, "a"), end())
+    finish(store, claim(store, "a"), end())
     begins = [sql for sql in seen if sql.startswith("BEGIN")]
     assert begins == ["BEGIN IMMEDIATE"] * 2
     assert not store._connection.in_transaction
@@ -555,16 +608,16 @@ class Model(stateful.RuleBasedStateMachine):
     def finish(self, name, outcome):
         run = self.open.pop(name, None)
         if run:
-            assert self.store.finish(run, end(outcome))
-            assert self.store.finish(run, end("failed")) is None
+            assert finish(self.store, run, end(outcome))
+            assert finish(self.store, run, end("failed")) is None
 
     @stateful.rule(name=names)
     def pause(self, name):
-        self.store.pause(name, "x", NOW, None, "")
+        pause(self.store, name)
 
     @stateful.rule(name=names)
     def resume(self, name):
-        self.store.resume(name, "x", NOW)
+        bgtasks.resume(self.store, name, "x", NOW)
 
     @stateful.invariant()
     def they_agree(self):

@@ -3908,7 +3908,7 @@ def judge_tasks(tasks: Sequence[Mapping[str, Any]], now: float) -> Iterator[Find
             datetime.fromisoformat(task["next_run_at"]).timestamp() if task["next_run_at"] else now
         )
         if state == "broken":
-            yield Finding(2, name, f"broken: {reason}", f"mend it, then: lint {name}")
+            yield Finding(2, name, f"broken: {reason}", "mend it, then: lint")
         elif state == "missing":
             yield Finding(1, name, reason, "put it back")
         elif state == "paused" and "by bgtasks" in reason:
@@ -4657,12 +4657,14 @@ def _read_by_name(settings: Settings, name: str) -> Task:
 
 
 def lint_command(call: Invocation) -> int:
-    """Check the files of tasks.d, or one file anywhere; 1 if one is broken."""
+    """Check the files of tasks.d, or one file there or anywhere; 1 if one is broken."""
     settings = call.settings
     if call.words:
-        folder, only = os.path.split(os.path.abspath(call.word("FILE")))
-        if not os.path.exists(os.path.join(folder, only)):
+        path = call.word("FILE")
+        path = path if os.path.exists(path) else os.path.join(settings.tasks_dir, path)
+        if not os.path.exists(path):
             raise NoTaskError(f"there is no file {shortened(call.words[0])!r}")
+        folder, only = os.path.split(os.path.abspath(path))
         settings = settings._replace(values={**settings.values, "tasks_dir": folder})
         name = os.path.splitext(only)[0]
         reason = ignored_because(only)
@@ -4671,6 +4673,8 @@ def lint_command(call: Invocation) -> int:
     else:
         refuse_unsafe_folder(settings.tasks_dir)
         tasks, _, ignored = discover(settings, {})
+        changed = {task.name: task for task in with_after_errors(tasks)}
+        tasks = [changed.get(task.name, task) for task in tasks]
     rows = [(file, "ignored", reason) for file, reason in ignored.items()]
     for task in tasks:
         rows.append((task.file, "broken" if task.error else "ok", task.error))

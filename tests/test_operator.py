@@ -732,6 +732,15 @@ def test_install_needs_no_param_file(site):
     assert line.endswith(f" -m bgtasks # bgtasks {site.state}")
 
 
+def test_lint_finds_a_file_of_tasks_d_by_its_name_and_a_circle(site):
+    site.shell("a", "", after=["b"])
+    site.shell("b", "", after=["a"])
+    assert site.run("lint", "a.sh").stdout == "a.sh: ok\n"  # which knows only itself
+    done = site.run("lint")
+    assert done.returncode == 1
+    assert done.stdout.count("is a circle") == 2
+
+
 def test_log_and_lint_speak_json(site):
     site.shell("a", "echo hello")
     site.write("b.md", "")

@@ -4320,13 +4320,11 @@ def open_for_work(settings: Settings, clock: Clock) -> Store:
         test_locks(settings.state_dir)
         store.check_integrity()
         store.put("fact", {"name": "boot", "value": boot}, "name")
-    admins = store.admins()
-    if admins:
-        try:
-            authenticate(settings, store, admins, clock)
-        except BaseException:
-            store.close()
-            raise
+    try:
+        require_admin(settings, store, clock)
+    except BaseException:
+        store.close()
+        raise
     return store
 
 
@@ -4339,6 +4337,13 @@ def hashed(password: str, salt: str = "", parameters: str = SCRYPT) -> str:
     secret, limit = password.encode("utf-8", "surrogateescape"), 256 * n * r
     key = hashlib.scrypt(secret, salt=bytes.fromhex(salt), n=n, r=r, p=p, maxmem=limit)
     return f"scrypt${parameters}${salt}${key.hex()}"
+
+
+def require_admin(settings: Settings, store: Store, clock: Clock) -> None:
+    """Raise RefusedError if there are administrators, and the login is that of none."""
+    admins = store.admins()
+    if admins:
+        authenticate(settings, store, admins, clock)
 
 
 def authenticate(settings: Settings, store: Store, admins: Mapping[str, str], clock: Clock) -> None:
@@ -4841,6 +4846,8 @@ def new_command(call: Invocation) -> int:
     if reason:
         raise UsageError(f"{shortened(name)!r} cannot be a task: {reason}")
     refuse_unsafe_folder(call.settings.tasks_dir)
+    with closing(open_for_reading(call.settings)) as store:
+        require_admin(call.settings, store, call.clock)
     lines: tuple[str, ...] = SAMPLE_SETTINGS
     if suffix != "toml":
         lines = tuple(f"# {line}" for line in ("/// script", "[tool.bgtasks]", *lines, "///"))
@@ -4875,6 +4882,8 @@ def install_command(call: Invocation) -> int:
     line = crontab_line(call.settings, call.param_file)
     if "write" not in call.flags:
         return print_lines([line])
+    with closing(open_for_reading(call.settings)) as store:
+        require_admin(call.settings, store, call.clock)
     crontab = read_crontab()
     if crontab is None:
         raise UnavailableError(f"there is no crontab command here; let something else wake: {line}")

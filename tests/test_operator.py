@@ -542,7 +542,8 @@ def guarded(site):
 
 def test_once_there_is_an_administrator_nobody_else_may(guarded):
     site = guarded
-    for args in (["--cron_max_execution_time=0"], ["run", "a"], ["pause", "a"], ["admin", "list"]):
+    wake, new, install = "--cron_max_execution_time=0", ["new", "b"], ["install", "--write"]
+    for args in ([wake], ["run", "a"], ["pause", "a"], ["admin", "list"], new, install):
         assert "needs auth_user" in refused(site, 77, *args)
         wrong = refused(site, 77, *args, "--auth_user=ann", "--auth_pwd=wrong horse")
         assert "those of no administrator" in wrong

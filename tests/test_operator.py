@@ -425,7 +425,15 @@ def test_a_requested_task_runs_at_the_next_look(site):
 
 
 def test_kill_ends_a_run_and_says_who_did(site):
-    site.shell("a", f"touch {site.ledger}; sleep 60", schedule="every 1 d", retries=3)
+    body = f"""
+    import time
+    try:
+        open({str(site.ledger)!r}, "w").close()
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)  # it cleans up, and is waited for
+    """
+    site.python("a", body, schedule="every 1 d", retries=3)
     runner = site.start("--cron_max_execution_time=60")
     wait_for(site.ledger.exists)
     done = site.run("kill", "a")

@@ -4579,8 +4579,8 @@ def run_command(call: Invocation) -> int:
             raise NoTaskError(f"{name}: {task['state']}: {task['reason']}")
         held = by_hand_held(task_from(row), row, settings, clock.now())
         if held and "force" not in call.flags:
-            text, way_out = (part.format(task=name, detail=held[1]) for part in REASONS[held[0]])
-            raise BusyError(f"{name}: {text.replace('was', 'is')}; {way_out}")
+            way_out = REASONS[held[0]][1].format(task=name)
+            raise BusyError(f"{name}: {held[0]}: {held[1]}; {way_out}")
         run = runner.run_by_hand(name)
     if run is None:
         raise runner.trouble or BusyError(f"{name}: is running already; see status")

@@ -305,7 +305,7 @@ def test_run_is_refused_while_it_runs_or_is_paused_and_broken_tasks_are_66(site)
     assert "is running already" in refused(site, 75, "run", "a")
     runner.wait()
     site.run("pause", "a")
-    assert "a: it is paused by root; resume a" in refused(site, 75, "run", "a")
+    assert "a: paused: by root; resume a" in refused(site, 75, "run", "a")
     assert "b: broken: b.py" in refused(site, 66, "run", "b")
 
 

@@ -3115,14 +3115,14 @@ class Runner:
         """Return why a task that is due may not start: a word, and details; None if it may."""
         if row["error"] or not row["enabled"]:
             return ("broken", row["error"]) if row["error"] else ("disabled", "")
-        held = by_hand_held(task_from(row), row, self.settings, now)
+        task = task_from(row)
+        held = by_hand_held(task, row, self.settings, now)
         if held:
             return held
         if not self.selection.takes(row):
             return "selection", self.selection.text()
         if row["running_since"] is not None:
             return "running", f"since {iso(row['running_since'])}"
-        task = task_from(row)
         if not {"one", "each", self.settings.node} & set(task.settings["nodes"]):
             return "node", f"runs on {', '.join(task.settings['nodes'])}"
         if self.trigger not in task.settings["wakeup"]:

@@ -3032,7 +3032,6 @@ class Runner:
         self._skips: dict[tuple[str, str], dict[str, Any]] = {}  # why due tasks did not start
         self._deferred: set[str] = set()
         self._lifetimes: dict[str, Any] = {}  # of the history, by task; None: as the settings say
-        self._me = (os.getpid(), identity(os.getpid()))
         self._steps = int(store.fact("steps") or 0)
         self._began_at, began = clock.now(), clock.monotonic()
         self._offset = self._began_at - began
@@ -3454,8 +3453,8 @@ class Runner:
         began = self.clock.monotonic()
         deadline = began + claim["deadline_at"] - claim["now"]
         env = task_environment(task, live, given)
-        folder = self.settings.tasks_dir
-        return Brief(task, live, self._me, folder, began, deadline, env, given)
+        me, folder = (os.getpid(), identity(os.getpid())), self.settings.tasks_dir
+        return Brief(task, live, me, folder, began, deadline, env, given)
 
     def _give_back(self, claim: Row, live: str, error: OSError) -> None:
         """Undo a claim, as the system would not give us a process; the next look tries again."""

@@ -2999,8 +2999,9 @@ def pause(store: Store, name: str, by: str, now: float, until: float | None, not
 def resume(store: Store, name: str, by: str, now: float) -> None:
     """Let a paused task start again; what was counted against it is forgotten."""
     with store:
-        store.change(name, **dict.fromkeys(("paused_at", "paused_by", "paused_until")))
-        store.change(name, paused_note=None)
+        store.change(
+            name, **dict.fromkeys(("paused_at", "paused_by", "paused_until", "paused_note"))
+        )
         forgive(store, name, now)
         store.note_event(name, by, now, "resumed")
 

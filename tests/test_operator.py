@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import stat
 import struct
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+import zoneinfo
 from contextlib import closing
 from pathlib import Path
 
@@ -339,10 +341,9 @@ def test_a_missing_package_is_named_with_who_needs_it():
 def test_a_network_disk_and_a_full_one_are_told(site, monkeypatch):
     settings = bgtasks.read_settings({"param_file": str(site.params)}, "x")
     monkeypatch.setattr(bgtasks, "file_system", lambda _: "nfs4")
-    monkeypatch.setattr(
-        bgtasks.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 << 20})
-    )
-    monkeypatch.setattr(bgtasks.zoneinfo, "available_timezones", set)
+    full = type("Usage", (), {"free": 5 << 20})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(zoneinfo, "available_timezones", set)
     store = bgtasks.Store(":memory:")
     found = [(f.about, f.level, f.text) for f in bgtasks.judge_place(settings, store)]
     store.close()

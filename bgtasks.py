@@ -320,6 +320,10 @@ def _value(text: str, where: str) -> str:
 
 SECRET_WORDS = ("pwd", "pass", "token", "secret", "key", "dsn")
 SHORTEST_MASKED = 6
+SMTP_PORTS = {"starttls": 587, "tls": 465, "none": 25}
+NEWS = {"failure", "recovery", "success"}  # what somebody may want to hear of a task
+# what a mail address may consist of, outside quotes: RFC 5321 and 6531
+ADDRESS = frozenset(range(33, 256)) - set(b'"(),:;<>[\\]\x7f')
 
 
 def read_plain(text: str) -> str:
@@ -364,6 +368,34 @@ def read_duration(text: str) -> float:
 
 def read_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in read_plain(text).split(",") if name.strip())
+
+
+def read_addresses(text: str) -> tuple[str, ...]:
+    addresses = read_names(text)
+    for address in addresses:
+        if not ADDRESS.issuperset(address.encode()) or address[0] == "-" or address[-1] == "@":
+            raise ValueError(f"{shortened(address)!r} is no mail address such as me@example.org")
+    return addresses
+
+
+def read_news(text: str) -> tuple[str, ...]:
+    if not set(read_names(text)) <= NEWS:
+        raise ValueError("must be a list of failure, recovery and success")
+    return read_names(text)
+
+
+def read_security(text: str) -> str:
+    if text not in SMTP_PORTS:
+        raise ValueError("must be starttls, tls or none")
+    return text
+
+
+def read_command(text: str) -> str:
+    try:
+        shlex.split(read_plain(text))
+    except ValueError as error:
+        raise ValueError(f"cannot be split into words as a shell does ({error})") from None
+    return text
 
 
 def read_zone(text: str) -> str:
@@ -417,16 +449,27 @@ OPTIONS = (
     Option("history_failure_lifetime", read_duration, "90 d", "how long other runs are kept"),
     Option("node", read_plain, "", "name of this machine; empty: as the machine calls itself"),
     Option("timezone", read_zone, "", "zone of the schedules, Europe/Berlin; empty: the machine's"),
-    Option(
-        *("email_asynchronous", read_number(0, 0), "0"),
-        "must be 0: this version sends no mail",
-    ),
+    Option("notify_email", read_addresses, "", "who is told of tasks that fail, comma-separated"),
+    Option("notify_on", read_news, "failure, recovery", "what they are told; also success"),
+    Option("notify_after", read_number(1, 1000), "1", "failures in a row after which they are"),
+    Option("notify_command", read_command, "", "a program that is told too, as JSON on its stdin"),
+    Option("email_asynchronous", read_boolean, "0", "1: leave all mails to the task send_mail"),
+    Option("outbox", read_path, "outbox", "folder of the mails that wait to be sent"),
+    Option("outbox_delay", read_duration, "0", "how long a mail waits there at least"),
+    Option("mail_from", read_addresses, "", "sender of mails; empty: bgtasks@ and the node"),
+    Option("smtp_host", read_plain, "", "mail server; empty: the program sendmail_path"),
+    Option("smtp_port", read_number(0, 65535), "0", "its port; 0: 587, with tls 465, with none 25"),
+    Option("smtp_security", read_security, "starttls", "starttls, tls, or none"),
+    Option("smtp_user", read_plain, "", "login at the mail server; empty: without"),
+    Option("smtp_pwd", read_plain, "", "its password"),
+    Option("smtp_ca_file", read_path, "", "certificates to trust instead of the machine's"),
+    Option("sendmail_path", read_path, "/usr/sbin/sendmail", "program that sends a mail"),
     Option("task", read_names, "", "start only these tasks, comma-separated", flag_only=True),
     Option("exclude_task", read_names, "", "do not start these tasks", flag_only=True),
     Option("group", read_names, "", "start only tasks of these groups", flag_only=True),
     Option("exclude_group", read_names, "", "do not start tasks of these groups", flag_only=True),
 )
-PATHS = ("tasks_dir", "state_dir", "maintenance_flag")
+PATHS = ("tasks_dir", "state_dir", "maintenance_flag", "outbox", "smtp_ca_file", "sendmail_path")
 
 
 class Override(NamedTuple):
@@ -442,6 +485,7 @@ class Settings(NamedTuple):
 
     values: Mapping[str, Any]
     overrides: Mapping[str, tuple[Override, ...]]  # by task name
+    files: tuple[str, ...]  # the param files
     secrets: tuple[str, ...]  # values to mask
     doubled: tuple[str, ...]  # keys that stand twice, with both places
 
@@ -480,7 +524,8 @@ def read_settings(arguments: Mapping[str, str], script: str) -> Settings:
     params += [Param(f"--{key}", key, value) for key, value in arguments.items()]
     values, overrides = _read_values(params)
     for key in PATHS:
-        values[key] = os.path.normpath(os.path.join(base, values[key]))
+        path = os.path.normpath(os.path.join(base, values[key]))
+        values[key] = path if values[key] else ""
     values["node"] = values["node"] or os.uname().nodename
     tasks, state = values["tasks_dir"] + os.sep, values["state_dir"] + os.sep
     if tasks.startswith(state) or state.startswith(tasks):
@@ -493,7 +538,7 @@ def read_settings(arguments: Mapping[str, str], script: str) -> Settings:
         if param.key in places:
             doubled.append(f"{param.where}: {param.key} wins over the one in {places[param.key]}")
         places[param.key] = param.where
-    return Settings(values, overrides, secrets, tuple(doubled))
+    return Settings(values, overrides, tuple(files), secrets, tuple(doubled))
 
 
 def _read_values(
@@ -1008,6 +1053,22 @@ def read_environment(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def read_receivers(value: Any) -> list[str]:
+    text = value if isinstance(value, str) else ",".join(read_words(value))
+    return list(read_addresses(text))
+
+
+def read_task_news(value: Any) -> list[str]:
+    return list(read_news(value if isinstance(value, str) else ",".join(read_words(value))))
+
+
+def read_url(value: Any) -> str:
+    scheme, _, rest = read_plain(read_text(value)).partition("://")
+    if scheme not in ("http", "https") or not rest.partition("/")[0] or " " in value:
+        raise ValueError("must be a URL that begins with https:// or http://")
+    return str(value)
+
+
 def read_choice(*choices: str) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if value not in choices:
@@ -1045,6 +1106,10 @@ TASK_SETTINGS: Mapping[str, tuple[Callable[[Any], Any], Any]] = {
     "retry_delay": (read_seconds, 60.0),
     "pause_after_failures": (whole_number(0, 1_000_000), 0),
     "history_lifetime": (read_seconds, None),
+    "notify": (read_receivers, None),
+    "notify_on": (read_task_news, None),
+    "notify_after": (whole_number(1, 1000), None),
+    "ping": (read_url, ""),
     "maximum": (whole_number(1, 1_000_000_000), None),
     "options": (read_table, {}),
     "settings": (read_setting_names, []),
@@ -1385,6 +1450,7 @@ def _has_run(content: bytes, file: str) -> bool:
 RUNNING, DONE, NOTHING, MORE = "running", "done", "nothing", "more"
 FAILED, TIMED_OUT, KILLED, INTERRUPTED = "failed", "timed_out", "killed", "interrupted"
 FAILURES = (FAILED, TIMED_OUT)
+TROUBLES = ("failing", "still failing", "interrupted", "paused", "hanging", "missed")
 APPLICATION_ID = int.from_bytes(b"bgts", "big")
 OLDEST_SQLITE = (3, 26)
 WAKEUPS_KEPT = 200
@@ -1481,6 +1547,16 @@ MIGRATIONS = (
     CREATE INDEX event_by_task ON event (task, id);
     -- who may wake it and change something; once there is one, nobody else may
     CREATE TABLE admin (login TEXT PRIMARY KEY, hash TEXT NOT NULL, added_at REAL NOT NULL);
+    """,
+    """
+    ALTER TABLE task ADD COLUMN told TEXT NOT NULL DEFAULT '';    -- the trouble that people know of
+    ALTER TABLE task ADD COLUMN told_at REAL;
+    ALTER TABLE task ADD COLUMN good TEXT NOT NULL DEFAULT '{}';  -- how all was when it worked
+    -- what people are still to be told
+    CREATE TABLE notice (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL, task TEXT NOT NULL, run INTEGER, kind TEXT NOT NULL, about TEXT NOT NULL
+    );
     """,
 )
 # what its schedule may start at :now
@@ -1784,7 +1860,7 @@ class Store:
             )
             return None
 
-    def miss(self, claim: Row) -> None:
+    def miss(self, claim: Row, notices: Sequence[Row] = ()) -> None:
         """Record that a slot came too late to run, and move the task to its next one."""
         with self:
             moved = self.execute(
@@ -1805,6 +1881,7 @@ class Store:
                     """,
                     claim,
                 )
+                self.note_notices(notices)
 
     def give_back(self, claim: Row) -> None:
         """Undo a claim whose run could not be started."""
@@ -1821,7 +1898,7 @@ class Store:
                 claim,
             )
 
-    def finish(self, run: int, end: Row, follows: Row) -> Row | None:
+    def finish(self, run: int, end: Row, follows: Row, notices: Sequence[Row] = ()) -> Row | None:
         """Write down how a run ended; return its row, or None if that was done before.
 
         ``follows`` are the columns of the task that change with it."""
@@ -1865,6 +1942,7 @@ class Store:
             )
             (finished,) = self.rows("SELECT * FROM run WHERE id = ?", (run,))
             self.change(finished["task"], **follows)
+            self.note_notices(notices)
             if follows.get("paused_note"):
                 what = f"paused; {follows['paused_note']}"
                 self.note_event(finished["task"], "bgtasks", values["now"], what)
@@ -1920,6 +1998,35 @@ class Store:
             (task,),
         )
         return found[len(found) * 9 // 10]["seconds"] if found else None
+
+    # -- what people are told
+
+    def note_notices(self, notices: Iterable[Row]) -> None:
+        """Note what people are to be told, and that they know of the trouble, in a transaction."""
+        for notice in notices:
+            self.put("notice", notice)
+            if notice["kind"] in TROUBLES:
+                told = notice["kind"].removeprefix("still ")
+                self.change(notice["task"], told=told, told_at=notice["at"])
+
+    def notices(self) -> list[Row]:
+        """Return what people are still to be told, in the order in which it happened."""
+        return self.rows("SELECT * FROM notice ORDER BY id")
+
+    def forget_notices(self, last: int) -> None:
+        self.execute("DELETE FROM notice WHERE id <= ?", (last,))
+
+    def trouble_since(self, task: str) -> float | None:
+        """Return when the first run after the last good one started, None if it was good."""
+        found = self.row(
+            """
+            SELECT min(started_at) AS at FROM run WHERE task = :task AND id > coalesce(
+                (SELECT max(id) FROM run
+                 WHERE task = :task AND outcome IN ('done', 'nothing', 'more')), 0)
+            """,
+            {"task": task},
+        )
+        return found["at"] if found else None
 
     # -- wake-ups
 
@@ -2404,6 +2511,19 @@ def _leave(body: Callable[[], int]) -> NoReturn:
         os._exit(code)
 
 
+def fork_apart(seconds: int, body: Callable[[], int]) -> int:
+    """Fork a process that holds no file of ours, and that the kernel ends after some seconds."""
+
+    def alone() -> int:
+        os.setsid()
+        reset_signals()
+        _keep_only(os.open(os.devnull, os.O_RDWR))
+        signal.alarm(seconds)
+        return body()
+
+    return fork(alone)
+
+
 def keep(brief: Brief, output: int, clock: Clock) -> int:
     """Watch over one run from its start to its end, and note how it ended."""
     os.setsid()
@@ -2503,8 +2623,6 @@ def clear_group(group: int, seconds: float, clock: Clock) -> list[str]:
 
 def end_orphan(live: str, group: int, clock: Clock) -> int:
     """End a run past its timeout whose keeper is dead, and note it in the keeper's place."""
-    os.setsid()
-    reset_signals()
     clear_group(group, GRACE_SECONDS, clock)
     note(append_to(live + ".keeper"), end=TIMED_OUT)
     return EXIT_OK
@@ -2601,6 +2719,7 @@ def _load(brief: Brief) -> Callable[[TaskContext], object]:
     name = "bgtasks_task_" + brief.task.name.replace("-", "_")
     module = sys.modules[name] = type(sys)(name)
     module.__file__ = path
+    sys.modules["bgtasks"] = sys.modules[__name__]  # so that `import bgtasks` reads no second copy
     sys.argv = [path]
     # last, so that a file beside it can be imported but never hides a module of Python
     sys.path.append(brief.tasks_dir)
@@ -2799,6 +2918,8 @@ CLOCK_STEP_SECONDS = 2.0
 MOST_BACK_OFF = 3600.0
 MOST_DEFERRED = 3  # wake-ups without time for it, then it goes first
 CLEANING_SECONDS = 2.0
+HANGING_SECONDS = 600.0  # past its deadline and its usual time: then people are told
+REMINDER_SECONDS = 86400.0 - 600.0  # a daily task must not be a minute too early for it
 PASSED_ON = ("PATH", "HOME", "LANG", "LANGUAGE", "TZ", "USER", "LOGNAME", "SHELL", "TMPDIR")
 
 Tell = Callable[[str, Mapping[str, Any]], None]
@@ -2920,7 +3041,7 @@ def what_follows(
     crashed = end["crashed"] and outcome != KILLED
     columns["interruptions"] = row["interruptions"] + 1 if crashed else 0
     if outcome in (DONE, NOTHING, MORE):
-        columns["not_before"] = None
+        columns.update(not_before=None, told="")
         if row["extra_trigger"] == "retry":
             columns.update(extra_at=None, extra_trigger=None)
     if outcome == MORE:
@@ -2948,6 +3069,82 @@ def _pause_reason(task: Task, failures: int, crashes: int, most_crashes: int) ->
     if 0 < most_crashes <= crashes:
         return f"its runs, or their runners, went down {crashes} times in a row"
     return ""
+
+
+def receivers(task: Task, settings: Settings) -> list[str]:
+    """Return the addresses that are told of a task: its own, else those of all."""
+    own = task.settings["notify"]
+    return list(settings.notify_email if own is None else own)
+
+
+def notices_of(
+    task: Task, row: Row, kind: str, now: float, settings: Settings, **more: Any
+) -> list[dict[str, Any]]:
+    """Return a notice as a list, or an empty one if nobody wants to hear of it (again).
+
+    A trouble is told once, and once more after each day that it lasts."""
+    word = {"recovered": "recovery", "success": "success"}.get(kind, "failure")
+    heard = receivers(task, settings) or settings.notify_command
+    if not heard or word not in (task.settings["notify_on"] or settings.notify_on):
+        return []
+    if kind in TROUBLES and row["told"] == kind:
+        if now - row["told_at"] < REMINDER_SECONDS:
+            return []
+        kind = "still failing" if kind == "failing" else kind
+    return [{"at": now, "task": task.name, "run": None, "kind": kind, "about": "", **more}]
+
+
+def kind_of_end(task: Task, row: Row, end: Row, follows: Row, settings: Settings) -> str:
+    """Return what people may want to hear of the end of a run, empty if nothing.
+
+    ``row`` is the task before it, ``follows`` what changed with it."""
+    outcome, failures = end["outcome"], row["consecutive_failures"] + 1
+    if outcome in (DONE, NOTHING, MORE) and row["told"]:
+        return "recovered"
+    if end["by_hand"]:  # who started it is watching
+        return ""
+    if follows.get("paused_note"):
+        return "paused"
+    if outcome in FAILURES:
+        after = task.settings["notify_after"] or settings.notify_after
+        return "failing" if failures >= after else ""
+    return {DONE: "success", NOTHING: "success", INTERRUPTED: "interrupted"}.get(outcome, "")
+
+
+def circumstances(task: Task, settings: Settings) -> dict[str, Any]:
+    """Return what may decide whether a task works, to see later what changed."""
+    disk = os.statvfs(settings.state_dir)
+    started = task.argv[0] if task.argv else sys.executable
+    program = os.path.realpath((os.sep not in started and shutil.which(started)) or started)
+    return {
+        "its file": [task.fingerprint.split(";")[:2]],
+        "its settings": [zlib.crc32(json.dumps(task.settings, default=str).encode())],
+        "the param file": [_changed_at(file) for file in settings.files],
+        "the program": f"{program} of {iso(_changed_at(program))}",
+        "bgtasks": f"{__version__} on Python {sys.version.split()[0]}",
+        "the user": user_name(os.geteuid()),
+        "the node": settings.node,
+        "the boot of the machine": [boot_id()],
+        "free disk": disk.f_bavail * disk.f_frsize >> 20,
+    }
+
+
+def _changed_at(path: str) -> float | None:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return None
+
+
+def changes_since(good: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what is other than it was when a task last worked; of free disk only a want."""
+    found = [
+        f"{key} ({good[key]} -> {value})" if isinstance(value, str) else key
+        for key, value in now.items()
+        if key in good and key != "free disk" and good[key] != value
+    ]
+    before, free = good.get("free disk", 0), now["free disk"]
+    return found + [f"free disk ({before} -> {free} MiB)"] * (free < max(before // 2, 100))
 
 
 def refuse_wrong_user(state_dir: str) -> None:
@@ -3281,8 +3478,23 @@ class Runner:
         for row in self.store.open_runs():
             task = task_from(self.store.task(row["task"]) or {})
             live = os.path.join(self.settings.state_dir, "runs", row["live"])
-            if row["id"] not in mine and not self._finish(row["id"], task, live):
-                self._end_if_overdue(task, live)
+            if row["id"] in mine or not self._finish(row["id"], task, live):
+                self._tell_if_hanging(task, row)
+                if row["id"] not in mine:
+                    self._end_if_overdue(task, live)
+
+    def _tell_if_hanging(self, task: Task, run: Row) -> None:
+        late = self.clock.now() - run["deadline_at"] - HANGING_SECONDS
+        row = self.store.task(task.name) if late > 0 else None
+        if row and late > (self.store.usual_seconds(task.name) or 0):
+            about = f"is at work since {iso(run['started_at'])}, past its deadline"
+            self._note(task, row, "hanging", run=run["id"], about=about)
+
+    def _note(self, task: Task, row: Row, kind: str, **more: Any) -> None:
+        notices = notices_of(task, row, kind, self.clock.now(), self.settings, **more)
+        if notices:
+            with self.store:
+                self.store.note_notices(notices)
 
     def _end_if_overdue(self, task: Task, live: str) -> None:
         notes = read_notes(live)
@@ -3292,7 +3504,8 @@ class Runner:
             self.tell("overdue", {"task": task.name})
             self._catch_signals()
             self.store.close()
-            self.running[fork(lambda: end_orphan(live, notes["group"][0], self.clock))] = None
+            end = partial(end_orphan, live, notes["group"][0], self.clock)
+            self.running[fork_apart(60, end)] = None
 
     def sweep(self) -> None:
         """Remove files of runs that were never opened: their runner died before its claim.
@@ -3371,7 +3584,9 @@ class Runner:
         late, most = claim["now"] - claim["planned_at"], task.settings["missed_after"]
         if claim["slot"] is not None and most is not None and late > most:
             reason = f"was {duration(late)} late, more than missed_after allows"
-            self.store.miss({**claim, "reason": reason, "live": os.urandom(8).hex()})
+            notices = notices_of(task, row, "missed", claim["now"], self.settings, about=reason)
+            live = os.urandom(8).hex()
+            self.store.miss({**claim, "reason": reason, "live": live}, notices)
             self.tell("missed", {"task": task.name, "reason": reason})
             return None
         live, output = new_live_files(self.settings.state_dir)
@@ -3395,7 +3610,10 @@ class Runner:
         self.running[pid] = Started(run, task, live, until, row["interruptions"] > 0)
         self.started += 1
         self._always_started.add(task.name)
-        self.tell("start", {"task": task.name, "run": run, "planned_at": claim["planned_at"]})
+        if not row["runs"] and self.trigger != "hand":
+            self._note(task, row, "new", run=run, about=f"{task.file}, a new file")
+        facts = {"task": task.name, "run": run, "ping": task.settings["ping"]}
+        self.tell("start", {**facts, "planned_at": claim["planned_at"]})
         return run
 
     def _start_keeper(self, brief: Brief, output: int) -> int:
@@ -3486,10 +3704,16 @@ class Runner:
         end = {**end, "now": now, "by_hand": row["trigger"] == "hand"}
         next_after = partial(self._next_after, task, known)
         follows = what_follows(task, known, end, self.settings.max_interruptions, next_after)
-        finished = self.store.finish(run, end, follows)
+        if end["outcome"] in (DONE, NOTHING, MORE):
+            follows["good"] = json.dumps(circumstances(task, self.settings))
+        kind = kind_of_end(task, known, end, follows, self.settings)
+        about = follows.get("paused_note") or end["reason"]
+        more = {"run": run, "about": about if kind in TROUBLES else end["message"]}
+        notices = notices_of(task, known, kind, now, self.settings, **more) if kind else []
+        finished = self.store.finish(run, end, follows, notices)
         if finished:
             self.failed += end["outcome"] in FAILURES
-            self.tell("end", finished)
+            self.tell("end", {**finished, "ping": task.settings["ping"]})
             self._tell_more(task, known, follows)
         remove_live_files(live)
         return True
@@ -3520,6 +3744,520 @@ def task_environment(task: Task, live: str, given: Mapping[str, Any]) -> dict[st
         value = int(given[key]) if isinstance(given[key], float) else given[key]
         env[f"BGTASKS_{key.upper()}"] = "" if value is None else str(value)
     return {**env, "BGTASKS_REPORT": live + ".report", "BGTASKS_INPUT": live + ".input"}
+
+
+# --- Notifications --------------------------------------------------------------------------------
+# What was noted of runs goes in; mails, pings and the input of notify_command come out. What sends
+# them are processes of their own that end within seconds: nothing here delays or fails a run, and
+# what could not be sent stays in the outbox.
+
+SEND_SECONDS = 10
+PING_SECONDS = 5
+PINGED_BYTES = 10_000
+MOST_MAIL_BYTES = 64 << 20
+OLDEST_MAIL_SECONDS = 4 * 86400.0
+DELIVERY_SECONDS = 600.0  # a wake-up that stays longer tells people in between
+OURS = "bgtasks-"  # how the names of our own notices in the outbox begin
+
+MailServerError = _kind("MailServerError", 75)  # no mail can be sent, whatever it is
+
+
+class Mail(NamedTuple):
+    """A message and its envelope. What is sent has CRLF at the end of each line, and no Bcc."""
+
+    sender: str
+    recipients: tuple[str, ...]
+    content: bytes
+
+
+def read_mail(content: bytes, now: float, params: Mapping[str, Any]) -> Mail:
+    """Return a message as it is to be sent: RFC 5322. Raises DataError.
+
+    `X-Envelope-From` and `X-Envelope-To` say from and to whom, else the message's own fields do.
+    ``now`` dates one that has no date; tried again, a mail of the outbox is the same mail."""
+    fields, body = _split_mail(content)
+    named: dict[str, list[bytes]] = {}
+    for name, text in fields:
+        named.setdefault(name, []).append(text)
+
+    def addresses(*names: str) -> tuple[str, ...]:
+        from email.utils import getaddresses
+
+        texts = [text.decode("utf-8", "replace") for name in names for text in named.get(name, ())]
+        unfolded = [text.partition(":")[2].replace("\r\n", "") for text in texts]
+        return tuple(dict.fromkeys(address for _, address in getaddresses(unfolded) if address))
+
+    sender = addresses("x-envelope-from") or addresses("sender") or addresses("from")
+    sender = sender[:1] or (own_address(params),)
+    recipients = addresses("x-envelope-to") or addresses("to", "cc", "bcc")
+    try:
+        read_addresses(",".join((*sender, *recipients)))
+    except ValueError as error:
+        raise DataError(f"mail: {error}") from None
+    if not recipients:
+        raise DataError("mail: names nobody to send it to; it needs To, Cc or Bcc")
+    hidden = ("x-envelope-from", "x-envelope-to", "bcc", "return-path")
+    lines = [text for name, text in fields if name not in hidden]
+    lines += _missing_fields(named, sender[0], now, content)
+    return Mail(sender[0], recipients, b"\r\n".join([*lines, b"", body]))
+
+
+def _split_mail(content: bytes) -> tuple[list[tuple[str, bytes]], bytes]:
+    """Return the header fields of a message, each with its name and its folded lines, and the body.
+
+    A bare CR or LF ends a line like both together, so that no server can see another end than us:
+    https://www.postfix.org/smtp-smuggling.html"""
+    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    fields: list[tuple[str, bytes]] = []
+    for number, line in enumerate(lines):
+        name, colon, _ = line.partition(b":")
+        if line[:1] in (b" ", b"\t") and fields:
+            fields[-1] = (fields[-1][0], fields[-1][1] + b"\r\n" + line)
+        elif colon and name.strip() and all(33 <= c < 127 for c in name.rstrip()):
+            fields.append((name.decode().strip().lower(), line))
+        elif not line.startswith(b"From "):  # the mark of an mbox
+            return fields, b"\r\n".join(lines[number + (not line) :])
+    return fields, b""
+
+
+def _missing_fields(
+    named: Mapping[str, object], sender: str, now: float, content: bytes
+) -> Iterator[bytes]:
+    if "from" not in named:
+        yield f"From: {sender}".encode()
+    if "date" not in named:
+        from email.utils import formatdate
+
+        yield f"Date: {formatdate(now)}".encode()
+    if "message-id" not in named:
+        digest = hashlib.sha256(repr(now).encode() + content).hexdigest()
+        yield f"Message-ID: <{digest[:32]}@bgtasks>".encode()
+
+
+def own_address(params: Mapping[str, Any]) -> str:
+    """Return the address that our own mails come from."""
+    node = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in params["node"])
+    return str((params["mail_from"] or (f"bgtasks@{node}",))[0])
+
+
+def post(
+    outbox: str, content: bytes, now: float, prefix: str = "mail-", suffix: str = "eml"
+) -> str:
+    """Put a file into the outbox, durable, and whole or not at all; return its name."""
+    name = f"{prefix}{now:.6f}-{os.urandom(6).hex()}.{suffix}"
+    hidden = os.path.join(outbox, f".{name}")
+    _make(outbox, lambda: os.mkdir(outbox, 0o700))
+    try:
+        with open(os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(hidden, os.path.join(outbox, name))
+        folder = os.open(outbox, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        raise cannot_create(hidden, error) from None
+    return name
+
+
+def give_up(path: str, answer: str, *, copy: bool = False) -> None:
+    """Move a mail that cannot be sent (or a copy of it) to `failed`, with the answer beside it."""
+    folder, name = os.path.split(path)
+    folder = os.path.join(folder, "failed")
+    _make(folder, lambda: os.mkdir(folder, 0o700))
+    target = os.path.join(folder, name)
+    while os.path.lexists(target):
+        target += "_"
+    with open(target + ".answer", "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(answer + "\n")
+    try:
+        if copy:
+            shutil.copyfile(path, target)
+        else:
+            os.rename(path, target)
+    except FileNotFoundError:  # somebody else has sent it meanwhile
+        os.unlink(target + ".answer")
+
+
+def take_mail(path: str) -> int | None:
+    """Return a file of the outbox, open and locked; None if it is gone or somebody sends it.
+
+    Raises DataError if it is no plain file, as a link could lead to what is no mail."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    info = os.fstat(fd)
+    if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_size <= MOST_MAIL_BYTES:
+        return fd
+    os.close(fd)
+    if not info.st_nlink:
+        return None
+    raise DataError(f"{path}: is no plain file with one name and at most 64 MiB")
+
+
+class MailServer:
+    """Where mails go: an SMTP server, connected when needed, or the local sendmail program."""
+
+    def __init__(self, params: Mapping[str, Any], seconds: float = 30.0) -> None:
+        self._params, self._seconds = params, seconds
+        self._smtp: Any = None
+        self.said = ""  # the answer to the last mail that was taken
+
+    def send(self, mail: Mail) -> Mapping[str, tuple[int, str]]:
+        """Send one mail; return the answer for each recipient who was refused, by address.
+
+        Codes from 500 on are for good. Raises MailServerError if it cannot be reached."""
+        if not self._params["smtp_host"]:
+            return self._pipe(mail)
+        import smtplib
+
+        self._smtp = self._smtp or self._connect()
+        try:
+            return {name: _answer(*each) for name, each in self._transact(mail).items()}
+        except smtplib.SMTPRecipientsRefused as error:
+            refused = {name: _answer(*each) for name, each in error.recipients.items()}
+        except smtplib.SMTPResponseException as error:
+            refused = dict.fromkeys(mail.recipients, _answer(error.smtp_code, error.smtp_error))
+        except smtplib.SMTPNotSupportedError as error:
+            refused = dict.fromkeys(mail.recipients, (553, str(error)))
+        except (smtplib.SMTPException, OSError) as error:
+            refused = dict.fromkeys(mail.recipients, (421, f"the connection broke ({error})"))
+            self.close()
+        if self._smtp and not self._smtp.sock:  # it said 421 and left
+            self._smtp = None
+        return refused
+
+    def _transact(self, mail: Mail) -> dict[str, tuple[int, bytes]]:
+        plain = "".join((mail.sender, *mail.recipients)).isascii()
+        eight = not mail.content.isascii() and self._smtp.has_extn("8bitmime")
+        options = ["SMTPUTF8"] * (not plain) + ["BODY=8BITMIME"] * eight
+        return dict(self._smtp.sendmail(mail.sender, mail.recipients, mail.content, options))
+
+    def _heard(self, reply: tuple[int, bytes]) -> tuple[int, bytes]:
+        self.said = f"{reply[0]} {reply[1].decode('utf-8', 'replace')}"
+        return reply
+
+    def _connect(self) -> Any:
+        import smtplib
+        import ssl
+
+        host, user, how = (self._params[key] for key in ("smtp_host", "smtp_user", "smtp_security"))
+        port = self._params["smtp_port"] or SMTP_PORTS[how]
+        here = own_address({**self._params, "mail_from": ()}).partition("@")[2]
+        if user and how == "none" and host not in ("localhost", "127.0.0.1", "::1"):
+            raise MailServerError("smtp_user needs smtp_security = starttls or tls")
+        smtp: Any = None
+        try:
+            trusted: Any = None
+            if how != "none":
+                trusted = ssl.create_default_context(cafile=self._params["smtp_ca_file"] or None)
+            if how == "tls":
+                smtp = smtplib.SMTP_SSL(host, port, here, timeout=self._seconds, context=trusted)
+            else:
+                smtp = smtplib.SMTP(host, port, here, timeout=self._seconds)
+            if how == "starttls":
+                smtp.starttls(context=trusted)
+            if user:
+                smtp.login(user, self._params["smtp_pwd"])
+            else:
+                smtp.ehlo_or_helo_if_needed()
+        except (OSError, smtplib.SMTPException, ValueError) as error:
+            if smtp is not None:
+                smtp.close()
+            said = getattr(error, "smtp_error", None)
+            text = shortened(_answer(0, said)[1] if said else str(error), 300)
+            way_out = "check smtp_host and the other settings smtp_..."
+            raise MailServerError(f"mail server {host}:{port}: {text}; {way_out}") from None
+        take = smtp.data
+        smtp.data = lambda content: self._heard(take(content))  # pyright: ignore[reportUnknownLambdaType] # sendmail() tells no answer
+        return smtp
+
+    def _pipe(self, mail: Mail) -> Mapping[str, tuple[int, str]]:
+        path, text = self._params["sendmail_path"], mail.content.replace(b"\r\n", b"\n")
+        command = [path, "-i", "-f", mail.sender, "--", *mail.recipients]
+        try:
+            done = subprocess.run(  # noqa: S603 - the program that the param file names
+                command, input=text, capture_output=True, timeout=60, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            what = getattr(error, "strerror", None) or "took more than 60 s"
+            raise MailServerError(f"{path}: {what}; set smtp_host or sendmail_path") from None
+        self.said = f"taken by {path}"
+        said = shortened((done.stderr or done.stdout).decode("utf-8", "replace").strip(), 400)
+        for_good = done.returncode in (65, 67, 68)  # sysexits.h: data, user and host
+        answer = 554 if for_good else 451, said or f"exit code {done.returncode}"
+        return dict.fromkeys(mail.recipients, answer) if done.returncode else {}
+
+    def close(self) -> None:
+        import smtplib
+
+        if self._smtp:
+            try:
+                self._smtp.quit()
+            except (OSError, smtplib.SMTPException):  # it has left already
+                pass
+            self._smtp = None
+
+
+def _answer(code: int, text: bytes | str) -> tuple[int, str]:
+    return code, text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+
+
+# -- what a notice says
+
+# What happened to a task, the worst first.
+HAPPENED = {
+    "failing": "began to fail",
+    "paused": "was paused",
+    "hanging": "hangs",
+    "interrupted": "was interrupted",
+    "still failing": "still fails",
+    "missed": "missed its slot",
+    "recovered": "works again",
+    "success": "succeeded",
+    "new": "ran for the first time",
+}
+
+
+def notice_facts(settings: Settings, store: Store, notice: Row) -> dict[str, Any]:
+    """Return all that can be said of a notice, as notify_command gets it."""
+    name, kind = notice["task"], notice["kind"]
+    row, run = store.task(name) or {}, store.run(notice["run"] or 0)
+    bad = kind in TROUBLES
+    since, output = store.trouble_since(name) if bad else None, run["output"] if run else ""
+    if run and run["outcome"] == RUNNING:
+        live = os.path.join(settings.state_dir, "runs", run["live"])
+        output = read_output(live, settings.secrets)
+    changed = changes_since(json.loads(row["good"]), circumstances(task_from(row), settings))
+    us = [sys.executable, os.path.realpath(__file__)]
+    us += [f"--param_file={','.join(settings.files)}"] if settings.files else []
+    words = [["explain", name], ["log", str(run["id"])] if run else ["history", name]]
+    words += [["resume", name]] if kind == "paused" else [["clear", name]] * bad
+    return {
+        "task": name,
+        "event": kind,
+        "text": f"{name} {HAPPENED[kind]}",
+        "at": iso(notice["at"]),
+        "about": notice["about"],
+        "run": notice["run"],
+        "outcome": run["outcome"] if run else None,
+        "since": iso(since),
+        "failures_in_a_row": row["consecutive_failures"] if bad else 0,
+        "last_success_at": iso(row["last_success_at"]),
+        "changed": changed if bad and row["last_success_at"] else [],
+        "output": [shortened(line, 200) for line in output.expandtabs().splitlines()[-20:]],
+        "look_further": [shlex.join([*us, *word]) for word in words],
+    }
+
+
+def notice_text(facts: Mapping[str, Any]) -> str:
+    """Return a notice as a paragraph of a mail."""
+    lines = [joined(facts["text"], facts["about"])]
+    for words, key in (("at", "at"), ("since", "since"), ("last success", "last_success_at")):
+        lines += [f"  {words}: {facts[key]}"] if facts[key] else []
+    if facts["failures_in_a_row"]:
+        lines.append(f"  failures in a row: {facts['failures_in_a_row']}")
+    if facts["changed"]:
+        lines.append(f"  changed since it last worked: {', '.join(facts['changed'])}")
+    if facts["output"]:
+        lines += ["  the last it printed:", *(f"  | {line}" for line in facts["output"])]
+    lines += ["  to look further:", *(f"    {command}" for command in facts["look_further"])]
+    return "\n".join(lines)
+
+
+def summary(all_facts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the subject for some notices, and the sentence to begin with if there is one."""
+    failing = [facts["task"] for facts in all_facts if facts["event"] == "failing"]
+    if len(failing) > 1:
+        text = f"{len(failing)} tasks began to fail: {', '.join(failing)}"
+        return text, f"{text}, in the same wake-up: look for what they share.\n\n"
+    return ", ".join(facts["text"] for facts in all_facts), ""
+
+
+def notice_mail(
+    settings: Settings, address: str, all_facts: Sequence[Mapping[str, Any]], now: float
+) -> bytes:
+    """Return the mail that tells somebody of some notices."""
+    from email import policy
+    from email.message import EmailMessage
+    from email.utils import formatdate
+
+    subject, first = summary(all_facts)
+    plain = (address + own_address(settings.values)).isascii()
+    message = EmailMessage(policy.default.clone(utf8=not plain))
+    message["From"], message["To"] = own_address(settings.values), address
+    message["Subject"] = shortened(f"[bgtasks {settings.node}] {subject}", 200)
+    message["Date"] = formatdate(now)
+    host = own_address(settings.values).rpartition("@")[2]
+    message["Message-ID"] = f"<{os.urandom(12).hex()}@{host}>"
+    message["Auto-Submitted"] = "auto-generated"
+    text = first + "\n\n".join(notice_text(facts) for facts in all_facts) + "\n"
+    message.set_content(text, cte="quoted-printable")
+    return message.as_bytes()
+
+
+# -- how it gets to people
+
+
+class Notifier:
+    """Lets people hear of a wake-up. Owns the processes that send."""
+
+    def __init__(self, settings: Settings, store: Store, clock: Clock) -> None:
+        self._settings, self._store, self._clock = settings, store, clock
+        self._senders: list[int] = []
+        self._delivered_at = clock.monotonic()
+
+    def tell(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Take what a runner tells: ping, and deliver what has waited for long."""
+        if kind in ("start", "end") and facts["ping"]:
+            good = kind == "end" and facts["outcome"] in (DONE, NOTHING, MORE)
+            path = "/start" if kind == "start" else "" if good else "/fail"
+            body = facts.get("output", "").encode()[-PINGED_BYTES:]
+            self._start(PING_SECONDS, lambda: ping(facts["ping"], path, body))
+        if self._clock.monotonic() - self._delivered_at > DELIVERY_SECONDS:
+            self.deliver()
+
+    def _start(self, seconds: int, body: Callable[[], int]) -> None:
+        self._store.close()
+        try:
+            self._senders.append(fork_apart(seconds, body))
+        except OSError:  # there is no process to be had; what is to be sent is kept
+            pass
+
+    def deliver(self) -> None:
+        """Turn notices into mails and input of notify_command, and send what waits."""
+        self._delivered_at = self._clock.monotonic()
+        settings, notices = self._settings, self._store.notices()
+        if notices:
+            try:
+                self._post(notices)
+            except BgtasksError:  # the disk is full, say: the notices stay, for the next delivery
+                return
+            self._store.forget_notices(notices[-1]["id"])
+        if not settings.email_asynchronous and own_mails(settings.outbox, ".eml"):
+            self._start(SEND_SECONDS, lambda: send_own_mails(settings, self._clock))
+        if own_mails(settings.outbox, ".json"):
+            self._start(SEND_SECONDS, lambda: run_notify_command(settings, self._clock))
+
+    def _post(self, notices: Sequence[Row]) -> None:
+        settings, now = self._settings, self._clock.now()
+        by_address: dict[str, list[dict[str, Any]]] = {}
+        all_facts = [notice_facts(settings, self._store, notice) for notice in notices]
+        all_facts.sort(key=lambda facts: list(HAPPENED).index(facts["event"]))
+        for facts in all_facts:
+            task = task_from(self._store.task(facts["task"]) or {})
+            for address in receivers(task, settings):
+                by_address.setdefault(address, []).append(facts)
+        for address, facts_of in by_address.items():
+            post(settings.outbox, notice_mail(settings, address, facts_of, now), now, OURS)
+        if settings.notify_command:
+            found = {"version": __version__, "node": settings.node, "at": iso(now)}
+            found.update(subject=summary(all_facts)[0], events=all_facts)
+            post(settings.outbox, json.dumps(found).encode(), now, OURS, "json")
+
+    def close(self) -> None:
+        """Wait for what still sends; each ends within seconds."""
+        self.deliver()
+        for pid in self._senders:
+            os.waitpid(pid, 0)
+
+
+def own_mails(outbox: str, suffix: str) -> list[str]:
+    """Return the names of our own notices in the outbox, oldest first."""
+    try:
+        names = os.listdir(outbox)
+    except OSError:
+        return []
+    return sorted(name for name in names if name.startswith(OURS) and name.endswith(suffix))
+
+
+def send_file(
+    server: MailServer, path: str, params: Mapping[str, Any], to: tuple[str, ...] = ()
+) -> Mapping[str, tuple[int, str]] | None:
+    """Send a file of the outbox, while it is locked, and remove it once all have taken it.
+
+    Return who refused it with their answers; None if it is gone or somebody else sends it. ``to``
+    are the recipients if not all. Whoever is killed between the server's answer and the removal
+    leaves a mail that is sent again: RFC 1047."""
+    fd = take_mail(path)
+    if fd is None:
+        return None
+    with open(fd, "rb") as file:
+        mail = read_mail(file.read(), os.fstat(fd).st_mtime, params)
+        refused = server.send(mail._replace(recipients=to or mail.recipients))
+        if not refused:
+            os.unlink(path)
+    return refused
+
+
+def answers(refused: Mapping[str, tuple[int, str]]) -> str:
+    return "; ".join(f"{name}: {code} {text}" for name, (code, text) in refused.items())
+
+
+def send_own_mails(settings: Settings, clock: Clock) -> int:
+    """Send the notices in the outbox; those that nobody takes are given up in the end."""
+    server, trouble = MailServer(settings.values, SEND_SECONDS), ""
+    for name in own_mails(settings.outbox, ".eml"):
+        path = os.path.join(settings.outbox, name)
+        old = clock.now() - os.stat(path).st_mtime > OLDEST_MAIL_SECONDS
+        refused: Mapping[str, tuple[int, str]] = {settings.smtp_host: (421, trouble)}
+        try:
+            refused = refused if trouble else send_file(server, path, settings.values) or {}
+        except MailServerError as error:
+            refused = {"": (421, str(error))}
+            trouble = str(error)
+        if refused and (old or all(code >= 500 for code, _ in refused.values())):
+            give_up(path, answers(refused))
+    server.close()
+    return EXIT_OK
+
+
+def run_notify_command(settings: Settings, clock: Clock) -> int:
+    """Hand the notices in the outbox to notify_command, and remove those that it took."""
+    command = shlex.split(settings.notify_command)
+    for name in own_mails(settings.outbox, ".json"):
+        path = os.path.join(settings.outbox, name)
+        fd = take_mail(path)
+        if fd is None:
+            continue
+        with open(fd, "rb") as file:
+            old = clock.now() - os.fstat(fd).st_mtime > OLDEST_MAIL_SECONDS
+            code = command and subprocess.call(command, stdin=file, timeout=SEND_SECONDS - 2)  # noqa: S603 - as above
+            if old or not code:
+                os.unlink(path)
+    return EXIT_OK
+
+
+def ping(url: str, path: str, body: bytes) -> int:
+    """Tell a dead-man URL that a run started or ended: https://healthchecks.io/docs/http_api/"""
+    import urllib.request
+    from urllib.parse import urlsplit
+
+    class SameHost(urllib.request.HTTPRedirectHandler):
+        def redirect_request(
+            self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+        ) -> Any:
+            """Follow a redirect only within the same server; else it counts as an answer."""
+            if urlsplit(newurl)[:2] == urlsplit(url)[:2]:
+                return super().redirect_request(req, fp, code, msg, headers, newurl)
+            return None
+
+    parts = urlsplit(url)
+    where = parts._replace(path=parts.path.rstrip("/") + path).geturl()
+    try:
+        urllib.request.build_opener(SameHost).open(where, body, timeout=PING_SECONDS).close()
+    except (OSError, ValueError):  # urllib.error.URLError is an OSError
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 # --- Reports --------------------------------------------------------------------------------------
@@ -3796,6 +4534,9 @@ def explain(
     runs = [r for r in store.history(row["name"], 20) if r["started_at"] <= at][:3]
     since = min(at - 86400 if slot is None else slot, runs[0]["started_at"] if runs else at)
     said += [_run_text(run, now) for run in reversed(runs)] or ["it never ran"]
+    if row["consecutive_failures"] and row["last_success_at"]:
+        changed = changes_since(json.loads(row["good"]), circumstances(task_from(row), settings))
+        said += [f"since it last worked there changed: {', '.join(changed) or 'nothing known'}"]
     skips = [s for s in store.skips(row["name"]) if s["last_at"] >= since and s["first_at"] <= at]
     for skip in skips:
         times = f"in {counted(skip['count'], 'wake-up')}, last {when(iso(skip['last_at']), now)}"
@@ -3986,6 +4727,30 @@ def judge_place(settings: Settings, store: Store) -> Iterator[Finding]:
         yield Finding(1, "zones", "this machine has no time zones", "pip install tzdata")
 
 
+def judge_mail(settings: Settings, now: float) -> Iterator[Finding]:
+    """Tell whether somebody would hear of a failure, and whether mails get through."""
+    if not settings.notify_email and not settings.notify_command:
+        text = "nobody is told when a task fails, but where the task itself says whom"
+        yield Finding(0, "mail", text, "notify_email = you@example.org")
+    waiting = [entry for entry in _entries(settings.outbox) if not entry.name.startswith(".")]
+    oldest = min((entry.stat().st_mtime for entry in waiting if entry.is_file()), default=now)
+    if now - oldest > 3600:
+        text = f"{counted(len(waiting), 'file')} in {settings.outbox}, for {duration(now - oldest)}"
+        yield Finding(1, "mail", text, "log send_mail; echo test | sendmail --now you@example.org")
+    failed = os.path.join(settings.outbox, "failed")
+    given_up = [entry for entry in _entries(failed) if not entry.name.endswith(".answer")]
+    if given_up:
+        text = f"{counted(len(given_up), 'mail')} could not be sent: {failed}"
+        yield Finding(1, "mail", text, "read the .answer beside it; move it back, or delete it")
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError:
+        return []
+
+
 def file_system(path: str) -> str:
     """Return the type of the file system that holds ``path``, empty if nobody says."""
     found = ("", "")
@@ -4130,11 +4895,14 @@ To act:
   new NAME [--language sh]     write a commented sample: python, sh, perl, php, ruby, toml
   install [--write]            the crontab line, e.g. install --write
   admin add|remove|list [LOGIN]  who may wake it and act; the password comes from stdin
+  sendmail [-t] [-f FROM] [ADDRESS...] [--now]
+                               take a mail on stdin into the outbox; --now sends it and says how:
+                               echo test | bgtasks.py sendmail --now me@example.org
   --help, --version
 
 Settings, here as --KEY=VALUE or in the param file as KEY = VALUE:
 """
-BARE_FLAGS = ("json", "all", "help", "version", "watch", "follow", "force", "write")
+BARE_FLAGS = ("json", "all", "help", "version", "watch", "follow", "force", "write", "now")
 
 
 class Invocation(NamedTuple):
@@ -4145,7 +4913,6 @@ class Invocation(NamedTuple):
     flags: Mapping[str, str]  # of the command
     settings: Settings
     clock: Clock
-    param_file: str
 
     def word(self, what: str) -> str:
         if len(self.words) != 1:
@@ -4177,7 +4944,9 @@ def split_arguments(argv: Sequence[str]) -> tuple[str, list[str], dict[str, str]
             raise UsageError(f"argument {shortened(word)!r}: is not valid UTF-8")
         key, equals, value = word[2:].partition("=")
         mine = ("help", "version", *COMMANDS[command][1])
-        if not word.startswith("--"):
+        if word == "--":
+            words, rest = words + rest, []
+        elif not word.startswith("--"):
             if not command and word not in COMMANDS:
                 hint = nearest(word, COMMANDS)
                 raise UsageError(f"there is no command {shortened(word)!r}{hint}; see --help")
@@ -4276,8 +5045,7 @@ def _main(argv: Sequence[str], clock: Clock) -> int:
     settings = read_settings(arguments, __file__)
     if not command and settings.status_only:
         command = "status"
-    param_file = arguments.get("param_file", "")
-    return COMMANDS[command][0](Invocation(command, words, flags, settings, clock, param_file))
+    return COMMANDS[command][0](Invocation(command, words, flags, settings, clock))
 
 
 def print_lines(lines: Iterable[str]) -> int:
@@ -4381,12 +5149,14 @@ def open_for_reading(settings: Settings) -> Store:
 def wake_up_command(call: Invocation) -> int:
     settings, clock = call.settings, call.clock
     with closing(open_for_work(settings, clock)) as store:
-        runner = Runner(settings, store, clock, "cli", _teller(settings, clock))
+        notifier = Notifier(settings, store, clock)
+        runner = Runner(settings, store, clock, "cli", _both(_teller(settings, clock), notifier))
         if settings.dry_run:
             runner.look()
             planned = ((row["name"], row["next_run_at"] or row["extra_at"]) for row in runner.queue)
             return print_lines(f"would start {name}, due {iso(at)}" for name, at in planned)
         runner.wake_up()
+        notifier.close()
         if settings.verbose:
             print_status(call, status(settings, store, clock))
     return _left(runner)
@@ -4399,6 +5169,14 @@ def _left(runner: Runner) -> int:
     if runner.trouble and not runner.started:
         raise runner.trouble
     return EXIT_FAILED if runner.failed and runner.settings.strict else EXIT_OK
+
+
+def _both(tell: Tell, notifier: Notifier) -> Tell:
+    def tell_both(kind: str, facts: Mapping[str, Any]) -> None:
+        tell(kind, facts)
+        notifier.tell(kind, facts)
+
+    return tell_both
 
 
 def say_nothing(_kind: str, _facts: Mapping[str, Any]) -> None:
@@ -4572,7 +5350,8 @@ def run_command(call: Invocation) -> int:
             followers[run.live].print_new(last="ended" in facts)
 
     with closing(open_for_work(settings, clock)) as store:
-        runner = Runner(settings, store, clock, "hand", tell)
+        notifier = Notifier(settings, store, clock)
+        runner = Runner(settings, store, clock, "hand", _both(tell, notifier))
         runner.read_folder()
         task, row = _task_named(call, store, name), store.task(name)
         if task["state"] in ("broken", "missing") or not row:
@@ -4582,6 +5361,7 @@ def run_command(call: Invocation) -> int:
             way_out = REASONS[held[0]][1].format(task=name)
             raise BusyError(f"{name}: {held[0]}: {held[1]}; {way_out}")
         run = runner.run_by_hand(name)
+        notifier.close()
     if run is None:
         raise runner.trouble or BusyError(f"{name}: is running already; see status")
     return _say_end(run, runner)
@@ -4740,6 +5520,7 @@ def doctor_command(call: Invocation) -> int:
             *judge_tasks(tasks, now),
             *judge_packages(tasks),
             *judge_fit(settings, tasks),
+            *judge_mail(settings, now),
             *judge_place(settings, store),
         ]
     if "json" in call.flags:
@@ -4785,6 +5566,58 @@ def metrics_command(call: Invocation) -> int:
     if "json" in call.flags:
         return print_json(found)
     return print_lines(metric_lines(found))
+
+
+SENDMAIL_OPTIONS = "tivnGUmf:r:F:B:h:N:O:R:X:V:o:b:L:"  # sendmail(8); most change nothing here
+
+
+def sendmail_command(call: Invocation) -> int:
+    """Take a mail on stdin, as sendmail does, into the outbox; with --now send it and say how."""
+    settings, now = call.settings, call.clock.now()
+    content = _mail_from_stdin(call.words, settings)
+    mail = read_mail(content, now, settings.values)
+    if "now" not in call.flags:
+        post(settings.outbox, content, now)
+        return EXIT_OK
+    server = MailServer(settings.values)
+    refused = server.send(mail)
+    server.close()
+    if len(refused) < len(mail.recipients):
+        taken = ", ".join(to for to in mail.recipients if to not in refused)
+        print_lines([visible(f"sent from {mail.sender} to {taken}: {server.said}")])
+    if refused:
+        kind = UnavailableError if all(code >= 500 for code, _ in refused.values()) else BusyError
+        raise kind(f"refused: {answers(refused)}")
+    return EXIT_OK
+
+
+def _mail_from_stdin(words: Sequence[str], settings: Settings) -> bytes:
+    """Return the mail with the fields that sendmail's arguments stand for."""
+    import getopt
+
+    try:
+        options, addresses = getopt.gnu_getopt(list(words), SENDMAIL_OPTIONS)
+    except getopt.GetoptError as error:
+        raise UsageError(f"sendmail: {error}; see --help") from None
+    given = dict(options)
+    if given.get("-b", "m") != "m":
+        raise UsageError(f"sendmail: -b{given['-b']}: only a mail on stdin is taken (-bm)")
+    sender = given.get("-f") or given.get("-r", "")
+    _usage("sendmail", lambda: read_addresses(",".join(filter(None, [sender, *addresses]))))
+    lines = [f"X-Envelope-From: {sender}"] * bool(sender)
+    to = "Bcc" if "-t" in given else "X-Envelope-To"
+    lines += [f"{to}: {', '.join(addresses)}"] * bool(addresses)
+    content = sys.stdin.buffer.read(MOST_MAIL_BYTES + 1)
+    if len(content) > MOST_MAIL_BYTES:
+        raise DataError("mail: is larger than 64 MiB")
+    if "-i" not in given and ("-o", "i") not in options:  # then a dot on a line ends it
+        content = re.split(rb"^\.\r?$", content, maxsplit=1, flags=re.MULTILINE)[0]
+    if "-F" in given and not any(name == "from" for name, _ in _split_mail(content)[0]):
+        from email.utils import formataddr
+
+        address = sender or own_address(settings.values)
+        lines.append(f"From: {formataddr((visible(given['-F']), address))}")
+    return "".join(f"{line}\r\n" for line in lines).encode() + content
 
 
 def request_command(call: Invocation) -> int:
@@ -4862,16 +5695,14 @@ def new_command(call: Invocation) -> int:
     return print_lines([f"{path}: written; change it, then: lint {name}.{suffix}, run {name}"])
 
 
-def crontab_line(settings: Settings, files: str) -> str:
+def crontab_line(settings: Settings) -> str:
     """Return the line that wakes this installation, with absolute paths only.
 
     It starts the module, which Python keeps compiled; a script is compiled at each start."""
     folder, file = os.path.split(os.path.realpath(__file__))
     words = [sys.executable, "-m", os.path.splitext(file)[0]]
-    if files:
-        words.append(
-            f"--param_file={','.join(os.path.abspath(f.strip()) for f in files.split(','))}"
-        )
+    if settings.files:
+        words.append(f"--param_file={','.join(settings.files)}")
     command = " ".join(shlex.quote(word) for word in words)
     command = f"cd {shlex.quote(folder)} && {command}".replace("%", "\\%")  # crontab(5)
     return f"*/5 * * * * {command} # bgtasks {settings.state_dir}"
@@ -4879,7 +5710,7 @@ def crontab_line(settings: Settings, files: str) -> str:
 
 def install_command(call: Invocation) -> int:
     """Print the crontab line, or put it into the user's crontab, once; known by its mark."""
-    line = crontab_line(call.settings, call.param_file)
+    line = crontab_line(call.settings)
     if "write" not in call.flags:
         return print_lines([line])
     with closing(open_for_reading(call.settings)) as store:
@@ -4974,6 +5805,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Invocation], int], tuple[str, ...]]] = {
     "log": (log_command, ("follow", "json")),
     "run": (run_command, ("force",)),
     "request": (request_command, ("all",)),
+    "sendmail": (sendmail_command, ("now",)),
     "kill": (kill_command, ()),
     "clear": (clear_command, ("all",)),
     "new": (new_command, ("language",)),

@@ -743,7 +743,7 @@ def test_a_disk_that_cannot_be_looked_at_is_told(site):
 
 def test_install_needs_no_param_file(site):
     settings = bgtasks.read_settings({"param_file": str(site.params)}, "x")
-    line = bgtasks.crontab_line(settings, "")
+    line = bgtasks.crontab_line(settings._replace(files=()))
     assert line.endswith(f" -m bgtasks # bgtasks {site.state}")
 
 

@@ -25,6 +25,7 @@ _bgtasks_command() {
         request) own="--all" takes=task ;;
         resume) own="--all" takes=task ;;
         run) own="--force" takes=task ;;
+        sendmail) own="--now" ;;
         show) own="--json" takes=task ;;
         status) own="--json --watch" ;;
     esac
@@ -71,21 +72,29 @@ _bgtasks_offer_values() {
         --language) _bgtasks_offer python sh perl php ruby toml ;;
         --task | --exclude_task) _bgtasks_offer $(_bgtasks_ask name "${ask[@]}") ;;
         --group | --exclude_group) _bgtasks_offer $(_bgtasks_ask group "${ask[@]}") ;;
-        --verbose | --status_only | --dry_run | --strict) _bgtasks_offer 0 1 ;;
-        --param_file | --maintenance_flag) _bgtasks_offer_paths -f ;;
-        --tasks_dir | --state_dir) _bgtasks_offer_paths -d ;;
+        --verbose | --status_only | --dry_run | --strict | --email_asynchronous)
+            _bgtasks_offer 0 1
+            ;;
+        --smtp_security) _bgtasks_offer starttls tls none ;;
+        --param_file | --maintenance_flag | --smtp_ca_file | --sendmail_path)
+            _bgtasks_offer_paths -f
+            ;;
+        --tasks_dir | --state_dir | --outbox) _bgtasks_offer_paths -d ;;
     esac
 }
 
 _bgtasks() {
     local IFS=$' \t\n'
     local commands="admin check clear doctor explain history install kill lint log metrics new next
-        pause request resume run show status"
+        pause request resume run sendmail show status"
     local settings="--param_file= --auth_user= --auth_pwd= --verbose --status_only --dry_run
         --cron_max_execution_time= --cron_sleep= --cron_limit= --max_parallel= --tasks_dir=
         --state_dir= --maintenance_flag= --strict --max_interruptions=
         --history_success_lifetime= --history_failure_lifetime= --node= --timezone=
-        --email_asynchronous= --task= --exclude_task= --group= --exclude_group="
+        --notify_email= --notify_on= --notify_after= --notify_command= --email_asynchronous
+        --outbox= --outbox_delay= --mail_from= --smtp_host= --smtp_port= --smtp_security=
+        --smtp_user= --smtp_pwd= --smtp_ca_file= --sendmail_path=
+        --task= --exclude_task= --group= --exclude_group="
     local with_value=" --at --count --for --from --language --note --timezone "
     local own= takes= before= typed= command= waiting= glue= i part
     local -a words=() given=() ask=()

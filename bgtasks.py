@@ -3834,10 +3834,14 @@ def _missing_fields(
         yield f"Message-ID: <{digest[:32]}@bgtasks>".encode()
 
 
+def own_host(params: Mapping[str, Any]) -> str:
+    """Return the name of this machine as it may stand in a mail address."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in params["node"])
+
+
 def own_address(params: Mapping[str, Any]) -> str:
     """Return the address that our own mails come from."""
-    node = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in params["node"])
-    return str((params["mail_from"] or (f"bgtasks@{node}",))[0])
+    return str(params["mail_from"][0] if params["mail_from"] else f"bgtasks@{own_host(params)}")
 
 
 def post(
@@ -3952,7 +3956,7 @@ class MailServer:
 
         host, user, how = (self._params[key] for key in ("smtp_host", "smtp_user", "smtp_security"))
         port = self._params["smtp_port"] or SMTP_PORTS[how]
-        here = own_address({**self._params, "mail_from": ()}).partition("@")[2]
+        here = own_host(self._params)
         if user and how == "none" and host not in ("localhost", "127.0.0.1", "::1"):
             raise MailServerError("smtp_user needs smtp_security = starttls or tls")
         smtp: Any = None
@@ -4097,8 +4101,7 @@ def notice_mail(
     message["From"], message["To"] = own_address(settings.values), address
     message["Subject"] = shortened(f"[bgtasks {settings.node}] {subject}", 200)
     message["Date"] = formatdate(now)
-    host = own_address(settings.values).rpartition("@")[2]
-    message["Message-ID"] = f"<{os.urandom(12).hex()}@{host}>"
+    message["Message-ID"] = f"<{os.urandom(12).hex()}@{own_host(settings.values)}>"
     message["Auto-Submitted"] = "auto-generated"
     text = first + "\n\n".join(notice_text(facts) for facts in all_facts) + "\n"
     message.set_content(text, cte="quoted-printable")
@@ -4128,6 +4131,7 @@ class Notifier:
 
     def _start(self, seconds: int, body: Callable[[], int]) -> None:
         self._store.close()
+        self._senders = [pid for pid in self._senders if not os.waitpid(pid, os.WNOHANG)[0]]
         try:
             self._senders.append(fork_apart(seconds, body))
         except OSError:  # there is no process to be had; what is to be sent is kept
@@ -4136,17 +4140,27 @@ class Notifier:
     def deliver(self) -> None:
         """Turn notices into mails and input of notify_command, and send what waits."""
         self._delivered_at = self._clock.monotonic()
-        settings, notices = self._settings, self._store.notices()
-        if notices:
-            try:
-                self._post(notices)
-            except BgtasksError:  # the disk is full, say: the notices stay, for the next delivery
-                return
-            self._store.forget_notices(notices[-1]["id"])
+        settings = self._settings
+        if self._store.notices():
+            self._post_notices()
         if not settings.email_asynchronous and own_mails(settings.outbox, ".eml"):
             self._start(SEND_SECONDS, lambda: send_own_mails(settings, self._clock))
         if own_mails(settings.outbox, ".json"):
             self._start(SEND_SECONDS, lambda: run_notify_command(settings, self._clock))
+
+    def _post_notices(self) -> None:
+        """Put into the outbox what people are to be told; other runners wait, or would say it too.
+
+        What cannot be written, as the disk is full, say, stays for the next delivery."""
+        path = os.path.join(self._settings.state_dir, "locks", "notices.lock")
+        try:
+            with open(path, "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                notices = self._store.notices()
+                self._post(notices)
+                self._store.forget_notices(notices[-1]["id"] if notices else 0)
+        except (BgtasksError, OSError):
+            pass
 
     def _post(self, notices: Sequence[Row]) -> None:
         settings, now = self._settings, self._clock.now()
@@ -4188,14 +4202,17 @@ def send_file(
     Return who refused it with their answers; None if it is gone or somebody else sends it. ``to``
     are the recipients if not all. Whoever is killed between the server's answer and the removal
     leaves a mail that is sent again: RFC 1047."""
-    fd = take_mail(path)
-    if fd is None:
-        return None
-    with open(fd, "rb") as file:
-        mail = read_mail(file.read(), os.fstat(fd).st_mtime, params)
-        refused = server.send(mail._replace(recipients=to or mail.recipients))
-        if not refused:
-            os.unlink(path)
+    try:
+        fd = take_mail(path)
+        if fd is None:
+            return None
+        with open(fd, "rb") as file:
+            mail = read_mail(file.read(), os.fstat(fd).st_mtime, params)
+            refused = server.send(mail._replace(recipients=to or mail.recipients))
+            if not refused:
+                os.unlink(path)
+    except DataError as error:
+        return {"not sent": (554, str(error))}
     return refused
 
 
@@ -4208,15 +4225,16 @@ def send_own_mails(settings: Settings, clock: Clock) -> int:
     server, trouble = MailServer(settings.values, SEND_SECONDS), ""
     for name in own_mails(settings.outbox, ".eml"):
         path = os.path.join(settings.outbox, name)
-        old = clock.now() - os.stat(path).st_mtime > OLDEST_MAIL_SECONDS
-        refused: Mapping[str, tuple[int, str]] = {settings.smtp_host: (421, trouble)}
+        refused: Mapping[str, tuple[int, str]] = {}
         try:
-            refused = refused if trouble else send_file(server, path, settings.values) or {}
+            refused = {} if trouble else send_file(server, path, settings.values) or {}
         except MailServerError as error:
-            refused = {"": (421, str(error))}
             trouble = str(error)
-        if refused and (old or all(code >= 500 for code, _ in refused.values())):
-            give_up(path, answers(refused))
+        if trouble or refused:
+            refused = refused or {"not sent": (421, trouble)}
+            old = clock.now() - os.lstat(path).st_mtime > OLDEST_MAIL_SECONDS
+            if old or all(code >= 500 for code, _ in refused.values()):
+                give_up(path, answers(refused))
     server.close()
     return EXIT_OK
 

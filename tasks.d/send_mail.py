@@ -12,10 +12,10 @@
 # ///
 """Sends what bgtasks and other applications have put into the outbox, the oldest first.
 
-An application puts a mail there as one file (RFC 5322): written under a name that begins with a dot,
-then renamed; or it calls `bgtasks.py sendmail`. A mail that is refused for now is tried again after
-5, 10, 20 minutes ... at most 4 hours, for 4 days; one that is refused for good is moved to `failed`,
-with the server's answer beside it.
+An application puts a mail there as one file (RFC 5322), written under a name that begins with a dot
+and then renamed; or it calls `bgtasks.py sendmail`. A mail that is refused for now is tried again
+after 5, 10, 20 minutes ... at most 4 hours, for 4 days; one that is refused for good is moved to
+`failed`, with the server's answer beside it.
 
 No mail is lost, whenever this is killed. One is sent twice only if it is killed in the instant
 between the server's answer and the removal of the file; SMTP itself has that gap (RFC 1047).
@@ -33,7 +33,7 @@ FIRST_GAP, LONGEST_GAP = 300.0, 4 * 3600.0
 def run(task):
     outbox, now = task.settings["outbox"], time.time()
     tries = Tries(outbox)
-    names = [name for name in waiting(outbox, now - task.settings["outbox_delay"])]
+    names = waiting(outbox, now - task.settings["outbox_delay"])
     names = [name for name in names if tries.next_at(name) <= now]
     if not names:
         return task.NOTHING
@@ -68,11 +68,7 @@ def waiting(outbox, until):
 def send(server, path, params, tries):
     """Send one mail, and note who refused it; tell whether all have taken it."""
     name = os.path.basename(path)
-    try:
-        refused = bgtasks.send_file(server, path, params, tries.rest(name))
-    except bgtasks.DataError as error:
-        bgtasks.give_up(path, str(error))
-        return False
+    refused = bgtasks.send_file(server, path, params, tries.rest(name))
     if not refused:
         return refused is not None
     later = {address: answer for address, answer in refused.items() if answer[0] < 500}
@@ -119,11 +115,8 @@ class Tries:
     def note(self, name, refused):
         number = self._known.get(name, {}).get("number", 0) + 1
         next_at = time.time() + min(FIRST_GAP * 2.0 ** (number - 1), LONGEST_GAP)
-        answer = bgtasks.answers(refused)
-        self._known[name] = {
-            **{"number": number, "next_at": next_at},
-            **{"rest": list(refused), "answer": answer},
-        }
+        known = {"number": number, "next_at": next_at, "rest": list(refused)}
+        self._known[name] = {**known, "answer": bgtasks.answers(refused)}
         self.save()  # at once, so that who has taken it does not get it again
 
     def save(self, keep=None):

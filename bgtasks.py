@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import difflib
     import faulthandler
     import fcntl
+    import getopt
     import getpass
     import grp
     import hashlib
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     import shlex
     import shutil
     import signal
+    import smtplib
+    import ssl
     import subprocess
     import threading
     import traceback
@@ -74,8 +77,8 @@ else:
             return getattr(module, attribute)
 
     for _name in (
-        "ast difflib faulthandler fcntl getpass grp hashlib hmac json pwd re resource select shlex"
-        " shutil signal subprocess threading traceback zlib zoneinfo"
+        "ast difflib faulthandler fcntl getopt getpass grp hashlib hmac json pwd re resource select"
+        " shlex shutil signal smtplib ssl subprocess threading traceback zlib zoneinfo"
     ).split():
         globals()[_name] = _Later(_name)
 
@@ -2296,10 +2299,14 @@ def new_live_files(state_dir: str) -> tuple[str, int]:
 
 def remove_live_files(live: str) -> None:
     for suffix in SUFFIXES:
-        try:
-            os.unlink(live + suffix)
-        except FileNotFoundError:
-            pass
+        remove_file(live + suffix)
+
+
+def remove_file(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def probe_lock(path: str) -> int | None:
@@ -3861,6 +3868,7 @@ def post(
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
+        remove_file(hidden)
         raise cannot_create(hidden, error) from None
     return name
 
@@ -3922,8 +3930,6 @@ class MailServer:
         Codes from 500 on are for good. Raises MailServerError if it cannot be reached."""
         if not self._params["smtp_host"]:
             return self._pipe(mail)
-        import smtplib
-
         self._smtp = self._smtp or self._connect()
         try:
             return {name: _answer(*each) for name, each in self._transact(mail).items()}
@@ -3951,9 +3957,6 @@ class MailServer:
         return reply
 
     def _connect(self) -> Any:
-        import smtplib
-        import ssl
-
         host, user, how = (self._params[key] for key in ("smtp_host", "smtp_user", "smtp_security"))
         port = self._params["smtp_port"] or SMTP_PORTS[how]
         here = own_host(self._params)
@@ -3990,10 +3993,10 @@ class MailServer:
         command = [path, "-i", "-f", mail.sender, "--", *mail.recipients]
         try:
             done = subprocess.run(  # noqa: S603 - the program that the param file names
-                command, input=text, capture_output=True, timeout=60, check=False
+                command, input=text, capture_output=True, timeout=self._seconds, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            what = getattr(error, "strerror", None) or "took more than 60 s"
+            what = getattr(error, "strerror", None) or f"took more than {self._seconds:.0f} s"
             raise MailServerError(f"{path}: {what}; set smtp_host or sendmail_path") from None
         self.said = f"taken by {path}"
         said = shortened((done.stderr or done.stdout).decode("utf-8", "replace").strip(), 400)
@@ -4002,8 +4005,6 @@ class MailServer:
         return dict.fromkeys(mail.recipients, answer) if done.returncode else {}
 
     def close(self) -> None:
-        import smtplib
-
         if self._smtp:
             try:
                 self._smtp.quit()
@@ -4051,7 +4052,7 @@ def notice_facts(settings: Settings, store: Store, notice: Row) -> dict[str, Any
         "event": kind,
         "text": f"{name} {HAPPENED[kind]}",
         "at": iso(notice["at"]),
-        "about": notice["about"],
+        "about": shortened(notice["about"], 1000),
         "run": notice["run"],
         "outcome": run["outcome"] if run else None,
         "since": iso(since),
@@ -4222,7 +4223,7 @@ def answers(refused: Mapping[str, tuple[int, str]]) -> str:
 
 def send_own_mails(settings: Settings, clock: Clock) -> int:
     """Send the notices in the outbox; those that nobody takes are given up in the end."""
-    server, trouble = MailServer(settings.values, SEND_SECONDS), ""
+    server, trouble = MailServer(settings.values, SEND_SECONDS - 2), ""
     for name in own_mails(settings.outbox, ".eml"):
         path = os.path.join(settings.outbox, name)
         refused: Mapping[str, tuple[int, str]] = {}
@@ -4249,9 +4250,13 @@ def run_notify_command(settings: Settings, clock: Clock) -> int:
             continue
         with open(fd, "rb") as file:
             old = clock.now() - os.fstat(fd).st_mtime > OLDEST_MAIL_SECONDS
-            code = command and subprocess.call(command, stdin=file, timeout=SEND_SECONDS - 2)  # noqa: S603 - as above
-            if old or not code:
-                os.unlink(path)
+            try:
+                code = command and subprocess.call(command, stdin=file, timeout=SEND_SECONDS - 2)  # noqa: S603 - as above
+            except (OSError, subprocess.TimeoutExpired):
+                code = EXIT_FAILED
+            if code and not old:  # the next time, and in this order
+                break
+            os.unlink(path)
     return EXIT_OK
 
 
@@ -5611,8 +5616,6 @@ def sendmail_command(call: Invocation) -> int:
 
 def _mail_from_stdin(words: Sequence[str], settings: Settings) -> bytes:
     """Return the mail with the fields that sendmail's arguments stand for."""
-    import getopt
-
     try:
         options, addresses = getopt.gnu_getopt(list(words), SENDMAIL_OPTIONS)
     except getopt.GetoptError as error:

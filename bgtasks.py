@@ -30,7 +30,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 __version__ = "0.1.0"
 
@@ -3788,11 +3788,8 @@ def read_mail(content: bytes, now: float, params: Mapping[str, Any]) -> Mail:
         named.setdefault(name, []).append(text)
 
     def addresses(*names: str) -> tuple[str, ...]:
-        from email.utils import getaddresses
-
-        texts = [text.decode("utf-8", "replace") for name in names for text in named.get(name, ())]
-        unfolded = [text.partition(":")[2].replace("\r\n", "") for text in texts]
-        return tuple(dict.fromkeys(address for _, address in getaddresses(unfolded) if address))
+        found = [_addresses(text) for name in names for text in named.get(name, ())]
+        return tuple(dict.fromkeys(address for some in found for address in some))
 
     sender = addresses("x-envelope-from") or addresses("sender") or addresses("from")
     sender = sender[:1] or (own_address(params),)
@@ -3807,6 +3804,15 @@ def read_mail(content: bytes, now: float, params: Mapping[str, Any]) -> Mail:
     lines = [text for name, text in fields if name not in hidden]
     lines += _missing_fields(named, sender[0], now, content)
     return Mail(sender[0], recipients, b"\r\n".join([*lines, b"", body]))
+
+
+@lru_cache(1000)
+def _addresses(field: bytes) -> tuple[str, ...]:
+    """Return the addresses in a header field; most senders are the same."""
+    from email.utils import getaddresses
+
+    text = field.decode("utf-8", "replace").partition(":")[2].replace("\r\n", "")
+    return tuple(address for _, address in getaddresses([text]) if address)
 
 
 def _split_mail(content: bytes) -> tuple[list[tuple[str, bytes]], bytes]:

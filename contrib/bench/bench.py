@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What bgtasks costs, as ratios: python3 contrib/bench/bench.py [--short] [SECTION ...].
 
-Sections: idle, runs, late, memory, clean. Y is `python3 -c "import sqlite3"` of the same
+Sections: idle, runs, late, memory, clean, mail. Y is `python3 -c "import sqlite3"` of the same
 interpreter, run in turn with what is measured. Medians. Every installation is made by the program
 itself in a temporary folder; only long histories are written by SQL.
 """
@@ -286,12 +286,70 @@ def clean() -> None:
         row("  median of", f"{held[len(held) // 2]:.2f} ms", f"{gone / seconds:,.0f} runs a second")
 
 
+# A mail server that takes all it is given, on a port of its own that it prints.
+SINK = """
+import socketserver, sys
+class Session(socketserver.StreamRequestHandler):
+    def say(self, text): self.wfile.write(text + b"\\r\\n")
+    def handle(self):
+        self.say(b"220 sink")
+        for line in self.rfile:
+            word = line[:4].upper()
+            if word == b"DATA":
+                self.say(b"354 go on")
+                while self.rfile.readline() != b".\\r\\n": pass
+            self.say(b"221 bye" if word == b"QUIT" else b"250 taken")
+            if word == b"QUIT": return
+server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Session)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+BARE = """
+import os, smtplib, sys
+server = smtplib.SMTP("127.0.0.1", int(sys.argv[1]), "here")
+for name in sorted(os.listdir("outbox")):
+    with open("outbox/" + name, "rb") as file:
+        server.sendmail("a@example.org", ["b@example.org"], file.read())
+server.quit()
+"""
+
+
+def mail() -> None:
+    """Measure the sending of many mails of 10 kB beside a bare loop over one connection."""
+    count = 100 if SHORT else 1000
+    text = "From: a@example.org\nTo: b@example.org\nSubject: x\n\n" + "0123456789 " * 900 + "\n"
+    sink = subprocess.Popen([PYTHON, "-c", SINK], stdout=subprocess.PIPE, text=True)
+    assert sink.stdout
+    port = sink.stdout.readline().strip()
+    with Site() as site:
+        shutil.copy(PROGRAM.parent / "tasks.d" / "send_mail.py", site.folder / "tasks.d")
+        where = ["--smtp_host=127.0.0.1", f"--smtp_port={port}", "--smtp_security=none"]
+        ways = [
+            [PYTHON, "-c", BARE, port],
+            site.command("run", "send_mail", "--force", "--verbose=0", *where),
+        ]
+        (site.folder / "outbox").mkdir()
+        seconds: list[list[float]] = [[], []]
+        for _ in range(TIMES // 4):
+            for measured, command in zip(seconds, ways):
+                for i in range(count):
+                    (site.folder / "outbox" / f"{i:04}.eml").write_text(text)
+                began = time.perf_counter()
+                subprocess.run(command, cwd=site.folder, check=True, stderr=subprocess.DEVNULL)
+                measured.append(time.perf_counter() - began)
+        bare, ours = map(statistics.median, seconds)
+        row(f"{count} mails of 10 kB / a bare smtplib loop", f"{ours / bare:.2f}", "at most 1.5")
+        row("  each", f"{ours / count * 1000:.2f} ms", f"bare {bare / count * 1000:.2f} ms")
+    sink.kill()
+
+
 def ready(site: Site) -> bool:
     return (site.folder / "state" / "runs").exists()
 
 
 def main() -> None:
     sections = {"idle": idle, "runs": runs, "late": late, "memory": memory, "clean": clean}
+    sections["mail"] = mail
     chosen = [name for name in sys.argv[1:] if name in sections] or list(sections)
     version = subprocess.run([PYTHON, "--version"], capture_output=True, text=True, check=True)
     print(f"{version.stdout.strip()}, {os.cpu_count()} processors; Y = {' '.join(YARDSTICK)}")

@@ -1552,7 +1552,7 @@ MIGRATIONS = (
     CREATE TABLE admin (login TEXT PRIMARY KEY, hash TEXT NOT NULL, added_at REAL NOT NULL);
     """,
     """
-    ALTER TABLE task ADD COLUMN told TEXT NOT NULL DEFAULT '';    -- the trouble that people know of
+    ALTER TABLE task ADD COLUMN told TEXT NOT NULL DEFAULT '';    -- the troubles that people know
     ALTER TABLE task ADD COLUMN told_at REAL;
     ALTER TABLE task ADD COLUMN good TEXT NOT NULL DEFAULT '{}';  -- how all was when it worked
     -- what people are still to be told
@@ -2009,8 +2009,9 @@ class Store:
         for notice in notices:
             self.put("notice", notice)
             if notice["kind"] in TROUBLES:
-                told = notice["kind"].removeprefix("still ")
-                self.change(notice["task"], told=told, told_at=notice["at"])
+                (known,) = self.rows("SELECT told FROM task WHERE name = ?", (notice["task"],))
+                told = {*known["told"].split(), notice["kind"].removeprefix("still ")}
+                self.change(notice["task"], told=" ".join(sorted(told)), told_at=notice["at"])
 
     def notices(self) -> list[Row]:
         """Return what people are still to be told, in the order in which it happened."""
@@ -3094,7 +3095,7 @@ def notices_of(
     heard = receivers(task, settings) or settings.notify_command
     if not heard or word not in (task.settings["notify_on"] or settings.notify_on):
         return []
-    if kind in TROUBLES and row["told"] == kind:
+    if kind in TROUBLES and kind in row["told"].split():
         if now - row["told_at"] < REMINDER_SECONDS:
             return []
         kind = "still failing" if kind == "failing" else kind
@@ -3213,7 +3214,8 @@ def resume(store: Store, name: str, by: str, now: float) -> None:
 def forgive(store: Store, name: str, now: float) -> None:
     """Acknowledge what went wrong with a task, and end its back-off."""
     store.acknowledge(name, now)
-    store.change(name, consecutive_failures=0, interruptions=0, deferred=0, not_before=None)
+    forgiven = {"consecutive_failures": 0, "interruptions": 0, "deferred": 0, "not_before": None}
+    store.change(name, **forgiven, told="")
     row = store.task(name)
     if row and row["extra_trigger"] == "retry":
         store.change(name, extra_at=None, extra_trigger=None)

@@ -6,8 +6,6 @@ The complaints are those of two tables: the 30 most wanted or most hated things 
 
 Not answered by this version, and so without a test:
 
-    peers 11   one mail for a failure, a reminder, one for the recovery: it sends no mail yet
-    peers 23   pings for healthchecks, and what depends on them: it sends none yet
     peers 25   a secret URL for shared hosting: it cannot be woken by the web yet
     peers 26   dashboards that get hacked: it has none yet, and listens nowhere
     peers 30   a console that flashes on Windows: it does not run there yet
@@ -25,11 +23,14 @@ import re
 import signal
 import sqlite3
 import subprocess
+import threading
 import time
 from datetime import datetime, timezone
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from conftest import wait_for
+from smtp_server import MailSink
 
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
@@ -319,6 +320,31 @@ def test_peers_10_a_lease_shorter_than_the_task_starts_it_twice(site):
     assert outcomes(site) == ["killed"]
 
 
+def test_peers_11_a_mail_for_every_failure_until_people_mute_them_all(site):
+    """Every run that fails sends a mail, and nobody says when it works again."""
+    with MailSink() as sink:
+        site.params.write_text(f"node = here\nnotify_email = me@example.org\n{sink.params()}")
+        note(site, "new")
+        site.wake()
+        fails = site.folder / "fails"
+        fails.touch()
+        note(site, "a", f"echo no room; [ ! -e {fails} ]", retries=0, retry_delay=1)
+        for _ in range(4):
+            site.change("UPDATE task SET not_before = NULL")
+            site.wake()
+            site.make_due("a")
+        assert outcomes(site, "a")[:3] == ["failed"] * 3
+        fails.unlink()
+        site.change("UPDATE task SET not_before = NULL")
+        site.wake()
+    texts = [content.decode() for _, _, content in sink.mails]
+    assert len(texts) == 3
+    assert "new ran for the first time" in texts[0]
+    assert "a began to fail; exit code 1" in texts[1]
+    assert "no room" in texts[1]
+    assert "a works again" in texts[2]
+
+
 def test_peers_12_an_automatic_switch_off_comes_as_a_surprise(site):
     """Suddenly it is delayed or off, without warning, reason or a way back."""
     note(site, "a", "exit 3", pause_after_failures=4)
@@ -512,6 +538,37 @@ def test_peers_22_huge_output_and_its_end_is_what_one_wants(site):
     assert text.endswith("\nthe error\n")
     assert re.search(r"\[\.\.\. \d+ bytes cut \.\.\.\]", text)
     assert len(text) < 100_000
+
+
+class Pings(BaseHTTPRequestHandler):
+    """A dead-man URL: it remembers what was called."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.taken.append((self.path, body.decode()))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_peers_23_a_dead_man_url_is_called_at_start_and_end(site):
+    """It takes a wrapper for each task until the monitoring service hears of its runs."""
+    with HTTPServer(("127.0.0.1", 0), Pings) as server:
+        server.taken = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/1-2-3?rid=7"
+        note(site, "a", f"echo copied; [ ! -e {site.folder}/fails ]", ping=url)
+        site.wake()
+        (site.folder / "fails").touch()
+        site.make_due("a")
+        site.wake()
+        server.shutdown()
+    paths = ["/1-2-3/start?rid=7", "/1-2-3?rid=7", "/1-2-3/start?rid=7", "/1-2-3/fail?rid=7"]
+    assert sorted(path for path, _ in server.taken) == sorted(paths)
+    assert {body for path, body in server.taken if "start" not in path} == {"copied\n"}
+    assert outcomes(site) == ["failed", "done"]
 
 
 def test_peers_24_the_monitor_check_itself_breaks_or_hides_the_cause(site):

@@ -2698,6 +2698,8 @@ def _run_python(brief: Brief, clock: Clock) -> tuple[int, str]:
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     signal.signal(signal.SIGTERM, end)
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # as Python itself does: errors are raised
+        signal.signal(ignored, signal.SIG_IGN)
     faulthandler.enable(sys.stderr)
     faulthandler.register(signal.SIGTERM, file=sys.stderr, chain=True)
     os.environ.clear()

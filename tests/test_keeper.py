@@ -596,3 +596,20 @@ def test_what_lies_beside_the_program_is_found_whatever_the_callers_path_is(site
     site.python("a", "import bgtasks", schedule="manual")
     for path in ("", str(PROGRAM.parent)):
         assert site.run("run", "a", env={"PYTHONPATH": path}).returncode == 0
+
+
+def test_a_python_task_gets_a_closed_pipe_as_an_error_as_python_has_it(site):
+    site.python(
+        "a",
+        """
+        import os
+        readable, writable = os.pipe()
+        os.close(readable)
+        try:
+            os.write(writable, b"x")
+        except BrokenPipeError:
+            return "told"
+        """,
+    )
+    site.wake()
+    assert (site.last("a")["outcome"], site.last("a")["message"]) == ("done", "told")

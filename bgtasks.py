@@ -3766,6 +3766,7 @@ SEND_SECONDS = 10
 PING_SECONDS = 5
 PINGED_BYTES = 10_000
 MOST_MAIL_BYTES = 64 << 20
+MOST_HEADER_BYTES = 1 << 20
 OLDEST_MAIL_SECONDS = 4 * 86400.0
 DELIVERY_SECONDS = 600.0  # a wake-up that stays longer tells people in between
 OURS = "bgtasks-"  # how the names of our own notices in the outbox begin
@@ -3789,7 +3790,8 @@ def read_mail(content: bytes, now: float, params: Mapping[str, Any]) -> Mail:
     fields, body = _split_mail(content)
     named: dict[str, list[bytes]] = {}
     for name, text in fields:
-        named.setdefault(name, []).append(text)
+        if not (name.startswith("x-envelope-") and name in named):  # that of sendmail stands first
+            named.setdefault(name, []).append(text)
 
     def addresses(*names: str) -> tuple[str, ...]:
         found = [_addresses(text) for name in names for text in named.get(name, ())]
@@ -3810,13 +3812,18 @@ def read_mail(content: bytes, now: float, params: Mapping[str, Any]) -> Mail:
     return Mail(sender[0], recipients, b"\r\n".join([*lines, b"", body]))
 
 
-@lru_cache(1000)
+@lru_cache(32)
 def _addresses(field: bytes) -> tuple[str, ...]:
     """Return the addresses in a header field; most senders are the same."""
-    from email.utils import getaddresses
+    from email import utils
 
     text = field.decode("utf-8", "replace").partition(":")[2].replace("\r\n", "")
-    return tuple(address for _, address in getaddresses([text]) if address)
+    # strict, it takes `a@x, b@x,` for no address at all
+    lenient = {"strict": False} if hasattr(utils, "supports_strict_parsing") else {}
+    try:
+        return tuple(address for _, address in utils.getaddresses([text], **lenient) if address)
+    except RecursionError:  # (((((...
+        raise DataError("mail: has an address that nobody can read") from None
 
 
 def _split_mail(content: bytes) -> tuple[list[tuple[str, bytes]], bytes]:
@@ -3824,17 +3831,22 @@ def _split_mail(content: bytes) -> tuple[list[tuple[str, bytes]], bytes]:
 
     A bare CR or LF ends a line like both together, so that no server can see another end than us:
     https://www.postfix.org/smtp-smuggling.html"""
-    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    fields: list[tuple[str, bytes]] = []
-    for number, line in enumerate(lines):
+    text = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    fields: list[tuple[str, list[bytes]]] = []
+    at, body = 0, b""
+    for line in text[: MOST_HEADER_BYTES + 1].splitlines(keepends=True):
         name, colon, _ = line.partition(b":")
+        start, at = at, at + len(line)
+        if at > MOST_HEADER_BYTES:
+            raise DataError("mail: its header is larger than 1 MiB")
         if line[:1] in (b" ", b"\t") and fields:
-            fields[-1] = (fields[-1][0], fields[-1][1] + b"\r\n" + line)
+            fields[-1][1].append(line.rstrip(b"\n"))
         elif colon and name.strip() and all(33 <= c < 127 for c in name.rstrip()):
-            fields.append((name.decode().strip().lower(), line))
+            fields.append((name.decode().strip().lower(), [line.rstrip(b"\n")]))
         elif not line.startswith(b"From "):  # the mark of an mbox
-            return fields, b"\r\n".join(lines[number + (not line) :])
-    return fields, b""
+            body = text[at if line == b"\n" else start :].replace(b"\n", b"\r\n")
+            break
+    return [(name, b"\r\n".join(lines)) for name, lines in fields], body
 
 
 def _missing_fields(
@@ -3888,7 +3900,7 @@ def give_up(path: str, answer: str, *, copy: bool = False) -> None:
     folder, name = os.path.split(path)
     folder = os.path.join(folder, "failed")
     _make(folder, lambda: os.mkdir(folder, 0o700))
-    target = os.path.join(folder, name)
+    target = os.path.join(folder, os.fsdecode(os.fsencode(name)[:200]))  # room for the suffixes
     while os.path.lexists(target):
         target += "_"
     with open(target + ".answer", "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -3943,10 +3955,14 @@ class MailServer:
         self._smtp = self._smtp or self._connect()
         try:
             return {name: _answer(*each) for name, each in self._transact(mail).items()}
-        except smtplib.SMTPRecipientsRefused as error:
-            refused = {name: _answer(*each) for name, each in error.recipients.items()}
+        except smtplib.SMTPRecipientsRefused as error:  # after 421 it asked no more
+            *_, last = error.recipients.values()
+            refused = {to: _answer(*error.recipients.get(to, last)) for to in mail.recipients}
         except smtplib.SMTPResponseException as error:
-            refused = dict.fromkeys(mail.recipients, _answer(error.smtp_code, error.smtp_error))
+            code, text = _answer(error.smtp_code, error.smtp_error)
+            if code in (530, 538):  # RFC 4954: it wants a login or TLS first, whatever the mail
+                raise MailServerError(f"mail server: {code} {text}; set smtp_user") from None
+            refused = dict.fromkeys(mail.recipients, (code, text))
         except smtplib.SMTPNotSupportedError as error:
             refused = dict.fromkeys(mail.recipients, (553, str(error)))
         except (smtplib.SMTPException, OSError) as error:
@@ -4005,9 +4021,13 @@ class MailServer:
             done = subprocess.run(  # noqa: S603 - the program that the param file names
                 command, input=text, capture_output=True, timeout=self._seconds, check=False
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            what = getattr(error, "strerror", None) or f"took more than {self._seconds:.0f} s"
-            raise MailServerError(f"{path}: {what}; set smtp_host or sendmail_path") from None
+        except subprocess.TimeoutExpired:
+            return dict.fromkeys(mail.recipients, (451, f"took more than {self._seconds:.0f} s"))
+        except OSError as error:
+            if error.errno == errno.E2BIG:  # too many recipients for the arguments of a program
+                return dict.fromkeys(mail.recipients, (554, str(error)))
+            way_out = "set smtp_host or sendmail_path"
+            raise MailServerError(f"{path}: {error.strerror}; {way_out}") from None
         self.said = f"taken by {path}"
         said = shortened((done.stderr or done.stdout).decode("utf-8", "replace").strip(), 400)
         for_good = done.returncode in (65, 67, 68)  # sysexits.h: data, user and host
@@ -4218,6 +4238,8 @@ def send_file(
         if fd is None:
             return None
         with open(fd, "rb") as file:
+            if not os.access(os.path.dirname(path), os.W_OK, effective_ids=True):
+                raise RefusedError(f"{path}: cannot be removed, so it is not sent either")
             mail = read_mail(file.read(), os.fstat(fd).st_mtime, params)
             refused = server.send(mail._replace(recipients=to or mail.recipients))
             if not refused:
@@ -4765,8 +4787,12 @@ def judge_mail(settings: Settings, now: float) -> Iterator[Finding]:
     if not settings.notify_email and not settings.notify_command:
         text = "nobody is told when a task fails, but where the task itself says whom"
         yield Finding(0, "mail", text, "notify_email = you@example.org")
-    waiting = [entry for entry in _entries(settings.outbox) if not entry.name.startswith(".")]
-    oldest = min((entry.stat().st_mtime for entry in waiting if entry.is_file()), default=now)
+    entries = _entries(settings.outbox)
+    waiting = [entry for entry in entries if entry.name[0] != "." and entry.is_file()]
+    try:
+        oldest = min((entry.stat().st_mtime for entry in waiting), default=now)
+    except FileNotFoundError:  # pragma: no cover (race: one was just sent)
+        oldest = now
     if now - oldest > 3600:
         text = f"{counted(len(waiting), 'file')} in {settings.outbox}, for {duration(now - oldest)}"
         yield Finding(1, "mail", text, "log send_mail; echo test | sendmail --now you@example.org")
@@ -4978,7 +5004,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[str, list[str], dict[str, str]
         key, equals, value = word[2:].partition("=")
         mine = ("help", "version", *COMMANDS[command][1])
         if word == "--":
-            words, rest = words + rest, []
+            words, rest = [*words, *["--"] * (command == "sendmail"), *rest], []
         elif not word.startswith("--"):
             if not command and word not in COMMANDS:
                 hint = nearest(word, COMMANDS)
@@ -5647,7 +5673,8 @@ def _mail_from_stdin(words: Sequence[str], settings: Settings) -> bytes:
         from email.utils import formataddr
 
         address = sender or own_address(settings.values)
-        lines.append(f"From: {formataddr((visible(given['-F']), address))}")
+        named = formataddr((visible(given["-F"]), "@"))  # as it refuses addresses beyond ASCII
+        lines.append(f"From: {address.join(named.rsplit('@', 1))}")
     return "".join(f"{line}\r\n" for line in lines).encode() + content
 
 

@@ -21,6 +21,7 @@ No mail is lost, whenever this is killed. One is sent twice only if it is killed
 between the server's answer and the removal of the file; SMTP itself has that gap (RFC 1047).
 """
 
+import contextlib
 import json
 import os
 import time
@@ -28,15 +29,17 @@ import time
 import bgtasks
 
 FIRST_GAP, LONGEST_GAP = 300.0, 4 * 3600.0
+NEW = {"number": 0, "next_at": 0, "rest": (), "answer": "", "never": "", "inode": None}
 
 
 def run(task):
     outbox, now = task.settings["outbox"], time.time()
     tries = Tries(outbox)
-    names = waiting(outbox, now - task.settings["outbox_delay"])
-    names = [name for name in names if tries.next_at(name) <= now]
+    names = waiting(outbox, now, task.settings["outbox_delay"])
+    names = [name for name in names if not now < tries.next_at(name) <= now + LONGEST_GAP]
     if not names:
         return task.NOTHING
+    tries.save()  # where nothing can be written, what was sent would stay and be sent again
     server = bgtasks.MailServer(task.settings)
     refused = 0
     try:
@@ -54,29 +57,32 @@ def run(task):
     return f"{refused} not sent" if refused else None
 
 
-def waiting(outbox, until):
-    """Return the names of the mails that lie there since ``until`` or longer, the oldest first."""
+def waiting(outbox, now, delay):
+    """Return the names of the mails that lie there for ``delay`` seconds or longer, oldest first.
+
+    One that seems to come later than now was put there before the clock was set back."""
     found = []
     for entry in os.scandir(outbox) if os.path.isdir(outbox) else ():
         notice = entry.name.startswith(bgtasks.OURS) and entry.name.endswith(".json")
         unfinished = entry.name.startswith(".") or entry.name.endswith((".tmp", ".part"))
         if not notice and not unfinished and not entry.is_dir(follow_symlinks=False):
-            found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.name))
-    return [name for arrived, name in sorted(found) if arrived <= until * 1e9]
+            with contextlib.suppress(FileNotFoundError):  # somebody else has sent it meanwhile
+                found.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.name))
+    return [name for arrived, name in sorted(found) if abs(now - arrived / 1e9) >= delay]
 
 
 def send(server, path, params, tries):
     """Send one mail, and note who refused it; tell whether all have taken it."""
     name = os.path.basename(path)
+    tries.give_up_in_part(path)
     refused = bgtasks.send_file(server, path, params, tries.rest(name))
     if not refused:
         return refused is not None
     later = {address: answer for address, answer in refused.items() if answer[0] < 500}
     never = {address: answer for address, answer in refused.items() if answer[0] >= 500}
-    if later and time.time() - os.stat(path).st_mtime < bgtasks.OLDEST_MAIL_SECONDS:
-        if never:
-            bgtasks.give_up(path, bgtasks.answers(never), copy=True)
-        tries.note(name, later)
+    if later and not is_old(path):
+        tries.note(name, later, never)
+        tries.give_up_in_part(path)
     else:
         bgtasks.give_up(path, bgtasks.answers(refused))
     return False
@@ -86,44 +92,72 @@ def give_up_old(outbox, names, answer):
     """Move what the server could not be asked about for days out of the way."""
     for name in names:
         path = os.path.join(outbox, name)
-        try:
-            old = time.time() - os.lstat(path).st_mtime > bgtasks.OLDEST_MAIL_SECONDS
-        except FileNotFoundError:
-            continue
-        if old:
+        if is_old(path):
             bgtasks.give_up(path, answer)
 
 
+def is_old(path):
+    """Tell whether a mail has waited for so long that it is given up; not if it is gone."""
+    try:
+        return time.time() - os.lstat(path).st_mtime > bgtasks.OLDEST_MAIL_SECONDS
+    except FileNotFoundError:
+        return False
+
+
 class Tries:
-    """What was refused for now: how often, by whom, and when it is tried again; a file by name."""
+    """What was refused for now: how often, by whom, and when it is tried again; a file by name.
+
+    Another file that has got the same name is another mail, so the inode is noted too."""
 
     def __init__(self, outbox):
+        self._outbox = outbox
         self._path = os.path.join(outbox, ".tries.json")
         try:
             with open(self._path) as file:
-                self._known = json.load(file)
-        except (OSError, ValueError):
+                self._known = {name: {**NEW, **known} for name, known in json.load(file).items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # damaged: all are tried again
             self._known = {}
 
+    def _of(self, name):
+        known = self._known.get(name, NEW)
+        return known if known is not NEW and known["inode"] == self._inode(name) else NEW
+
+    def _inode(self, name):
+        try:
+            return os.lstat(os.path.join(self._outbox, name)).st_ino
+        except FileNotFoundError:
+            return None
+
     def next_at(self, name):
-        return self._known.get(name, {}).get("next_at", 0)
+        return self._of(name)["next_at"]
 
     def rest(self, name):
         """Return who has not taken a mail yet; nobody if it is new."""
-        return tuple(self._known.get(name, {}).get("rest", ()))
+        return tuple(self._of(name)["rest"])
 
-    def note(self, name, refused):
-        number = self._known.get(name, {}).get("number", 0) + 1
+    def note(self, name, later, never):
+        """Note who is tried again; at once, so that who has taken it does not get it again."""
+        number = self._of(name)["number"] + 1
         next_at = time.time() + min(FIRST_GAP * 2.0 ** (number - 1), LONGEST_GAP)
-        known = {"number": number, "next_at": next_at, "rest": list(refused)}
-        self._known[name] = {**known, "answer": bgtasks.answers(refused)}
-        self.save()  # at once, so that who has taken it does not get it again
+        known = {"number": number, "next_at": next_at, "rest": list(later)}
+        known.update(answer=bgtasks.answers(later), never=bgtasks.answers(never))
+        self._known[name] = {**known, "inode": self._inode(name)}
+        self.save()
+
+    def give_up_in_part(self, path):
+        """Put a copy into `failed` for those who refused a mail for good, while others may take it.
+
+        It was noted before, so that it is made even if this is killed in between."""
+        known = self._of(os.path.basename(path))
+        if known["never"]:
+            bgtasks.give_up(path, known["never"], copy=True)
+            known["never"] = ""
+            self.save()
 
     def save(self, keep=None):
         """Write it whole, or not at all; without what is no longer in the outbox."""
         if keep is not None:
             self._known = {name: known for name, known in self._known.items() if name in keep}
-        if self._known or os.path.exists(self._path):
-            with open(self._path + ".new", "w") as file:
-                json.dump(self._known, file)
-            os.replace(self._path + ".new", self._path)
+        with open(self._path + ".new", "w") as file:
+            json.dump(self._known, file)
+        os.replace(self._path + ".new", self._path)

@@ -30,6 +30,10 @@ def server_context(name):
     return context
 
 
+def _answer(answer, *about):
+    return answer(*about) if callable(answer) else answer
+
+
 class _Session(SMTP):
     """One connection."""
 
@@ -68,7 +72,7 @@ class _Session(SMTP):
             self.hang_up()
             return
         await super().smtp_DATA(arg)
-        if self._taken == self._sink.drop_after:
+        if self._taken == self._sink.drop_after > 0:
             self.hang_up()
 
     def taken(self):
@@ -90,17 +94,18 @@ class _Controller(Controller):
 class MailSink:
     """An SMTP server on loopback, from `with MailSink() as sink:` until the end of the block."""
 
-    def __init__(self, tls="none", login=None, *, name=LOOPBACK, smtputf8=True, port=0):
+    def __init__(self, tls="none", login=None, *, name=LOOPBACK, smtputf8=True, eight_bit=True):
         """``tls``: none, starttls or tls. ``login``: who may send, (user, password), or None.
 
-        ``name`` stands in the certificate."""
-        self.tls, self.login = tls, login
+        ``name`` stands in the certificate; the others are extensions it says it knows."""
+        self.tls, self.login, self.eight_bit = tls, login, eight_bit
         self.mails = []  # what was taken: (mail_from, rcpt_tos, content), in order of arrival
         self.connections = 0  # those that came as far as the greeting
+        self.logins = []  # what was tried: (user, password, whether it was right)
         self.open = set()
         self.greeting = ""  # said instead of 220; then it hangs up
         self.greeting_seconds = 0.0
-        self.sender_answer = ""  # to MAIL FROM, "451 later"
+        self.sender_answer = ""  # to MAIL FROM, "451 later"; or a function of the address
         self.answers = {}  # to RCPT TO: recipient -> "550 no such user"
         self.data_answer = ""  # to the end of DATA; or a function of (mail_from, rcpt_tos, content)
         self.data_seconds = 0.0
@@ -110,7 +115,7 @@ class MailSink:
         context = server_context(name) if tls != "none" else None
         self._options = {
             "hostname": LOOPBACK,
-            "port": port,
+            "port": 0,
             "server_hostname": "sink.test",
             "enable_SMTPUTF8": smtputf8,
             "data_size_limit": 1 << 30,
@@ -158,13 +163,21 @@ class MailSink:
 
     def _authenticate(self, server, session, envelope, mechanism, data):
         given = (data.login.decode(), data.password.decode())
-        return AuthResult(success=given == self.login)
+        self.logins.append((*given, given == self.login))
+        return AuthResult(success=given == self.login, handled=given == self.login)
 
     # -- what aiosmtpd calls
 
+    async def handle_EHLO(self, server, session, envelope, host_name, responses):  # noqa: N802 - its name
+        session.host_name = host_name
+        return [line for line in responses if self.eight_bit or "8BITMIME" not in line]
+
     async def handle_MAIL(self, server, session, envelope, address, options):  # noqa: N802 - its name
-        if self.sender_answer:
-            return self.sender_answer
+        answer = _answer(self.sender_answer, address)
+        if answer:
+            return answer
+        if not self.eight_bit and "BODY=8BITMIME" in options:
+            return "555 BODY=8BITMIME is not known"
         envelope.mail_from = address
         envelope.mail_options.extend(options)
         return "250 OK"
@@ -178,7 +191,7 @@ class MailSink:
     async def handle_DATA(self, server, session, envelope):  # noqa: N802 - its name
         mail = (envelope.mail_from, tuple(envelope.rcpt_tos), bytes(envelope.content))
         await asyncio.sleep(self.data_seconds)
-        answer = self.data_answer(*mail) if callable(self.data_answer) else self.data_answer
+        answer = _answer(self.data_answer, *mail)
         if answer:
             return answer
         self.mails.append(mail)

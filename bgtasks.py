@@ -376,7 +376,9 @@ def read_names(text: str) -> tuple[str, ...]:
 def read_addresses(text: str) -> tuple[str, ...]:
     addresses = read_names(text)
     for address in addresses:
-        if not ADDRESS.issuperset(address.encode()) or address[0] == "-" or address[-1] == "@":
+        local, at, host = address.partition("@")
+        odd = address[0] == "-" or not local or bool(at) != bool(host) or "@" in host
+        if odd or not ADDRESS.issuperset(address.encode()):
             raise ValueError(f"{shortened(address)!r} is no mail address such as me@example.org")
     return addresses
 
@@ -1066,10 +1068,17 @@ def read_task_news(value: Any) -> list[str]:
 
 
 def read_url(value: Any) -> str:
-    scheme, _, rest = read_plain(read_text(value)).partition("://")
-    if scheme not in ("http", "https") or not rest.partition("/")[0] or " " in value:
-        raise ValueError("must be a URL that begins with https:// or http://")
-    return str(value)
+    from urllib.parse import urlsplit
+
+    text: str = read_text(value)
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # in its port, or brackets
+        raise ValueError("must be a URL that begins with https:// or http://") from None
+    if not good or "@" in parts.netloc or set(text) - set(map(chr, range(33, 127))):
+        raise ValueError("must be a URL that begins with https:// or http://, without a login")
+    return text
 
 
 def read_choice(*choices: str) -> Callable[[Any], Any]:
@@ -2525,6 +2534,7 @@ def fork_apart(seconds: int, body: Callable[[], int]) -> int:
     def alone() -> int:
         os.setsid()
         reset_signals()
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # an error, as everywhere in Python
         _keep_only(os.open(os.devnull, os.O_RDWR))
         signal.alarm(seconds)
         return body()
@@ -3084,7 +3094,7 @@ def _pause_reason(task: Task, failures: int, crashes: int, most_crashes: int) ->
 def receivers(task: Task, settings: Settings) -> list[str]:
     """Return the addresses that are told of a task: its own, else those of all."""
     own = task.settings["notify"]
-    return list(settings.notify_email if own is None else own)
+    return list(dict.fromkeys(settings.notify_email if own is None else own))
 
 
 def notices_of(
@@ -3108,16 +3118,18 @@ def kind_of_end(task: Task, row: Row, end: Row, follows: Row, settings: Settings
     """Return what people may want to hear of the end of a run, empty if nothing.
 
     ``row`` is the task before it, ``follows`` what changed with it."""
-    outcome, failures = end["outcome"], row["consecutive_failures"] + 1
-    if outcome in (DONE, NOTHING, MORE) and row["told"]:
+    outcome, failures = end["outcome"], row["consecutive_failures"]
+    wanted = task.settings["notify_on"] or settings.notify_on
+    after = task.settings["notify_after"] or settings.notify_after
+    failed = failures >= after and "failure" not in wanted  # then people know of nothing
+    if outcome in (DONE, NOTHING, MORE) and (row["told"] or failed) and "recovery" in wanted:
         return "recovered"
     if end["by_hand"]:  # who started it is watching
         return ""
     if follows.get("paused_note"):
         return "paused"
     if outcome in FAILURES:
-        after = task.settings["notify_after"] or settings.notify_after
-        return "failing" if failures >= after else ""
+        return "failing" if failures + 1 >= after else ""
     return {DONE: "success", NOTHING: "success", INTERRUPTED: "interrupted"}.get(outcome, "")
 
 
@@ -3126,11 +3138,12 @@ def circumstances(task: Task, settings: Settings) -> dict[str, Any]:
     disk = os.statvfs(settings.state_dir)
     started = task.argv[0] if task.argv else sys.executable
     program = os.path.realpath((os.sep not in started and shutil.which(started)) or started)
+    own = program == os.path.realpath(os.path.join(settings.tasks_dir, task.script))
     return {
         "its file": [task.fingerprint.split(";")[:2]],
         "its settings": [zlib.crc32(json.dumps(task.settings, default=str).encode())],
         "the param file": [_changed_at(file) for file in settings.files],
-        "the program": f"{program} of {iso(_changed_at(program))}",
+        **({} if own else {"the program": f"{program} of {iso(_changed_at(program))}"}),
         "bgtasks": f"{__version__} on Python {sys.version.split()[0]}",
         "the user": user_name(os.geteuid()),
         "the node": settings.node,
@@ -3154,7 +3167,8 @@ def changes_since(good: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if key in good and key != "free disk" and good[key] != value
     ]
     before, free = good.get("free disk", 0), now["free disk"]
-    return found + [f"free disk ({before} -> {free} MiB)"] * (free < max(before // 2, 100))
+    low = free < min(before, max(before // 2, 100))
+    return found + [f"free disk ({before} -> {free} MiB)"] * low
 
 
 def refuse_wrong_user(state_dir: str) -> None:
@@ -3468,20 +3482,21 @@ class Runner:
         if not changed and not gone:
             return
         now = self.clock.now()
+        broken: list[Task] = []
         with self.store:
             for task in changed:
                 old = self.store.task(task.name)
                 planned = plan_task(task, old, self.settings, now)
                 mended = {"not_before": None} if old and old["not_before"] else {}
                 self.store.write_task(task, {**planned, **mended})
-                if task.error and (not old or old["error"] != task.error):
-                    self.tell("broken", {"task": task.name, "reason": task.error})
+                broken += [task] * bool(task.error and (not old or old["error"] != task.error))
             for name in gone:
                 self.store.change(name, file="", fingerprint="")
             for task in with_after_errors([task_from(row) for row in self.store.tasks()]):
                 self.store.change(task.name, error=task.error)
-                if task.error:
-                    self.tell("broken", {"task": task.name, "reason": task.error})
+                broken += [task] * bool(task.error)
+        for task in broken:  # once the transaction is over: who hears it may use the store
+            self.tell("broken", {"task": task.name, "reason": task.error})
 
     def settle(self) -> None:
         """Write down the ends of runs that other runners left, and end those past their timeout."""
@@ -3865,7 +3880,8 @@ def _missing_fields(
 
 def own_host(params: Mapping[str, Any]) -> str:
     """Return the name of this machine as it may stand in a mail address."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in params["node"])
+    text = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in params["node"])
+    return ".".join(filter(None, text.split("."))) or "localhost"
 
 
 def own_address(params: Mapping[str, Any]) -> str:
@@ -4090,7 +4106,7 @@ def notice_facts(settings: Settings, store: Store, notice: Row) -> dict[str, Any
         "last_success_at": iso(row["last_success_at"]),
         "changed": changed if bad and row["last_success_at"] else [],
         "output": [shortened(line, 200) for line in output.expandtabs().splitlines()[-20:]],
-        "look_further": [shlex.join([*us, *word]) for word in words],
+        "look_further": [visible(shlex.join([*us, *word])) for word in words],
     }
 
 
@@ -4111,11 +4127,11 @@ def notice_text(facts: Mapping[str, Any]) -> str:
 
 def summary(all_facts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Return the subject for some notices, and the sentence to begin with if there is one."""
-    failing = [facts["task"] for facts in all_facts if facts["event"] == "failing"]
+    failing = list(dict.fromkeys(f["task"] for f in all_facts if f["event"] == "failing"))
     if len(failing) > 1:
         text = f"{len(failing)} tasks began to fail: {', '.join(failing)}"
         return text, f"{text}, in the same wake-up: look for what they share.\n\n"
-    return ", ".join(facts["text"] for facts in all_facts), ""
+    return ", ".join(dict.fromkeys(facts["text"] for facts in all_facts)), ""
 
 
 def notice_mail(
@@ -4134,7 +4150,10 @@ def notice_mail(
     message["Date"] = formatdate(now)
     message["Message-ID"] = f"<{os.urandom(12).hex()}@{own_host(settings.values)}>"
     message["Auto-Submitted"] = "auto-generated"
-    text = first + "\n\n".join(notice_text(facts) for facts in all_facts) + "\n"
+    texts = [notice_text(facts) for facts in all_facts]
+    where = f"bgtasks {__version__} on {settings.node}, as {user_name(os.geteuid())}"
+    texts.append(visible(f"{where}, state in {settings.state_dir}"))
+    text = first + "\n\n".join(texts) + "\n"
     message.set_content(text, cte="quoted-printable")
     return message.as_bytes()
 
@@ -4148,6 +4167,7 @@ class Notifier:
     def __init__(self, settings: Settings, store: Store, clock: Clock) -> None:
         self._settings, self._store, self._clock = settings, store, clock
         self._senders: list[int] = []
+        self._pinged: dict[int, int] = {}  # who pings the start of a run
         self._delivered_at = clock.monotonic()
 
     def tell(self, kind: str, facts: Mapping[str, Any]) -> None:
@@ -4156,7 +4176,18 @@ class Notifier:
             good = kind == "end" and facts["outcome"] in (DONE, NOTHING, MORE)
             path = "/start" if kind == "start" else "" if good else "/fail"
             body = facts.get("output", "").encode()[-PINGED_BYTES:]
-            self._start(PING_SECONDS, lambda: ping(facts["ping"], path, body))
+            run, url = facts["run" if kind == "start" else "id"], facts["ping"]
+            before = self._pinged.pop(run, 0)  # each ends within seconds
+
+            def in_order() -> int:
+                while before and identity(before):  # else it would seem to be at work for ever
+                    self._clock.wait(0.02)
+                signal.alarm(PING_SECONDS)
+                return ping(url, path, body)
+
+            self._start(2 * PING_SECONDS, in_order)
+            if kind == "start" and self._senders:
+                self._pinged[run] = self._senders[-1]
         if self._clock.monotonic() - self._delivered_at > DELIVERY_SECONDS:
             self.deliver()
 
@@ -4202,12 +4233,19 @@ class Notifier:
             task = task_from(self._store.task(facts["task"]) or {})
             for address in receivers(task, settings):
                 by_address.setdefault(address, []).append(facts)
-        for address, facts_of in by_address.items():
-            post(settings.outbox, notice_mail(settings, address, facts_of, now), now, OURS)
+        files = [(notice_mail(settings, *each, now), "eml") for each in by_address.items()]
         if settings.notify_command:
             found = {"version": __version__, "node": settings.node, "at": iso(now)}
             found.update(subject=summary(all_facts)[0], events=all_facts)
-            post(settings.outbox, json.dumps(found).encode(), now, OURS, "json")
+            files.append((json.dumps(found).encode(), "json"))
+        names: list[str] = []
+        try:
+            for content, suffix in files:
+                names.append(post(settings.outbox, content, now, OURS, suffix))
+        except BgtasksError:  # all or none, else who came first would get it each time
+            for name in names:
+                remove_file(os.path.join(settings.outbox, name))
+            raise
 
     def close(self) -> None:
         """Wait for what still sends; each ends within seconds."""
@@ -4261,7 +4299,7 @@ def send_own_mails(settings: Settings, clock: Clock) -> int:
         refused: Mapping[str, tuple[int, str]] = {}
         try:
             refused = {} if trouble else send_file(server, path, settings.values) or {}
-        except MailServerError as error:
+        except BgtasksError as error:
             trouble = str(error)
         if trouble or refused:
             refused = refused or {"not sent": (421, trouble)}
@@ -4277,7 +4315,11 @@ def run_notify_command(settings: Settings, clock: Clock) -> int:
     command = shlex.split(settings.notify_command)
     for name in own_mails(settings.outbox, ".json"):
         path = os.path.join(settings.outbox, name)
-        fd = take_mail(path)
+        try:
+            fd = take_mail(path)
+        except DataError as error:
+            give_up(path, str(error))
+            continue
         if fd is None:
             continue
         with open(fd, "rb") as file:
@@ -4292,8 +4334,17 @@ def run_notify_command(settings: Settings, clock: Clock) -> int:
     return EXIT_OK
 
 
+def may_follow(old: str, new: str) -> bool:
+    """Tell whether a redirect stays on the same server, or leads to its https."""
+    from urllib.parse import urlsplit
+
+    before, after = urlsplit(old), urlsplit(new)
+    return after[:2] == before[:2] or (after[0], after[1].lower()) == ("https", before.hostname)
+
+
 def ping(url: str, path: str, body: bytes) -> int:
     """Tell a dead-man URL that a run started or ended: https://healthchecks.io/docs/http_api/"""
+    import http.client
     import urllib.request
     from urllib.parse import urlsplit
 
@@ -4302,7 +4353,7 @@ def ping(url: str, path: str, body: bytes) -> int:
             self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
         ) -> Any:
             """Follow a redirect only within the same server; else it counts as an answer."""
-            if urlsplit(newurl)[:2] == urlsplit(url)[:2]:
+            if may_follow(url, newurl):
                 return super().redirect_request(req, fp, code, msg, headers, newurl)
             return None
 
@@ -4310,7 +4361,7 @@ def ping(url: str, path: str, body: bytes) -> int:
     where = parts._replace(path=parts.path.rstrip("/") + path).geturl()
     try:
         urllib.request.build_opener(SameHost).open(where, body, timeout=PING_SECONDS).close()
-    except (OSError, ValueError):  # urllib.error.URLError is an OSError
+    except (OSError, ValueError, http.client.HTTPException):  # URLError is an OSError
         return EXIT_FAILED
     return EXIT_OK
 
@@ -4787,16 +4838,20 @@ def judge_mail(settings: Settings, now: float) -> Iterator[Finding]:
     if not settings.notify_email and not settings.notify_command:
         text = "nobody is told when a task fails, but where the task itself says whom"
         yield Finding(0, "mail", text, "notify_email = you@example.org")
-    entries = _entries(settings.outbox)
+    outbox = settings.outbox
+    if os.path.lexists(outbox) and not (os.path.isdir(outbox) and os.access(outbox, os.W_OK)):
+        text = f"{outbox} cannot be written: nobody hears of anything"
+        yield Finding(1, "mail", text, "make it a folder of the user who wakes it")
+    entries = _entries(outbox)
     waiting = [entry for entry in entries if entry.name[0] != "." and entry.is_file()]
     try:
         oldest = min((entry.stat().st_mtime for entry in waiting), default=now)
     except FileNotFoundError:  # pragma: no cover (race: one was just sent)
         oldest = now
     if now - oldest > 3600:
-        text = f"{counted(len(waiting), 'file')} in {settings.outbox}, for {duration(now - oldest)}"
+        text = f"{counted(len(waiting), 'file')} in {outbox}, for {duration(now - oldest)}"
         yield Finding(1, "mail", text, "log send_mail; echo test | sendmail --now you@example.org")
-    failed = os.path.join(settings.outbox, "failed")
+    failed = os.path.join(outbox, "failed")
     given_up = [entry for entry in _entries(failed) if not entry.name.endswith(".answer")]
     if given_up:
         text = f"{counted(len(given_up), 'mail')} could not be sent: {failed}"
@@ -5453,7 +5508,9 @@ def kill_command(call: Invocation) -> int:
         note(append_to(live + ".keeper"), killed=by)
         _end_run(row, live, clock)
         store.note_event(name, by, clock.now(), f"killed run {row['id']}")
-        Runner(settings, store, clock, "hand", say_nothing).settle()
+        notifier = Notifier(settings, store, clock)
+        Runner(settings, store, clock, "hand", notifier.tell).settle()
+        notifier.close()
         run = store.run(row["id"]) or row
     print(
         f"{name}: run {run['id']} "

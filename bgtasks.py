@@ -3812,19 +3812,21 @@ def read_mail(content: bytes, now: float, params: Mapping[str, Any]) -> Mail:
         found = [_addresses(text) for name in names for text in named.get(name, ())]
         return tuple(dict.fromkeys(address for some in found for address in some))
 
-    sender = addresses("x-envelope-from") or addresses("sender") or addresses("from")
-    sender = sender[:1] or (own_address(params),)
+    own = own_address(params)
+    sender = (*addresses("sender"), *addresses("from"), own)[0]
+    if "x-envelope-from" in named:  # `<>` wants no answer: RFC 5321, section 4.5.5
+        sender = (*addresses("x-envelope-from"), "")[0]
     recipients = addresses("x-envelope-to") or addresses("to", "cc", "bcc")
     try:
-        read_addresses(",".join((*sender, *recipients)))
+        read_addresses(",".join((sender, *recipients)))
     except ValueError as error:
         raise DataError(f"mail: {error}") from None
     if not recipients:
         raise DataError("mail: names nobody to send it to; it needs To, Cc or Bcc")
     hidden = ("x-envelope-from", "x-envelope-to", "bcc", "return-path")
     lines = [text for name, text in fields if name not in hidden]
-    lines += _missing_fields(named, sender[0], now, content)
-    return Mail(sender[0], recipients, b"\r\n".join([*lines, b"", body]))
+    lines += _missing_fields(named, sender or own, now, content)
+    return Mail(sender, recipients, b"\r\n".join([*lines, b"", body]))
 
 
 @lru_cache(32)
@@ -5716,9 +5718,10 @@ def _mail_from_stdin(words: Sequence[str], settings: Settings) -> bytes:
     given = dict(options)
     if given.get("-b", "m") != "m":
         raise UsageError(f"sendmail: -b{given['-b']}: only a mail on stdin is taken (-bm)")
-    sender = given.get("-f") or given.get("-r", "")
+    sender = given.get("-f", given.get("-r"))
+    sender = "" if sender == "<>" else sender
     _usage("sendmail", lambda: read_addresses(",".join(filter(None, [sender, *addresses]))))
-    lines = [f"X-Envelope-From: {sender}"] * bool(sender)
+    lines = [] if sender is None else [f"X-Envelope-From: <{sender}>"]
     to = "Bcc" if "-t" in given else "X-Envelope-To"
     lines += [f"{to}: {', '.join(addresses)}"] * bool(addresses)
     content = sys.stdin.buffer.read(MOST_MAIL_BYTES + 1)

@@ -63,6 +63,8 @@ def waiting(outbox, now, delay):
     One that seems to come later than now was put there before the clock was set back."""
     found = []
     for entry in os.scandir(outbox) if os.path.isdir(outbox) else ():
+        if entry.name.startswith(".") and entry.is_file() and is_old(entry.path):
+            os.unlink(entry.path)  # who wrote it has died long ago
         notice = entry.name.startswith(bgtasks.OURS) and entry.name.endswith(".json")
         unfinished = entry.name.startswith(".") or entry.name.endswith((".tmp", ".part"))
         if not notice and not unfinished and not entry.is_dir(follow_symlinks=False):

@@ -1278,6 +1278,24 @@ def test_what_sendmail_takes_the_task_sends(office, sink):
     assert parsed(content)["From"].addresses[0].display_name == "Zoë"
 
 
+@pytest.mark.parametrize("nobody", ["", "<>"])
+def test_a_mail_that_wants_no_answer_comes_from_nobody(office, sink, nobody):
+    office.sendmail("-i", "-f", nobody, YOU, input=HELLO)
+    office.sent(1)
+    ((sender, to, content),) = sink.mails
+    assert (sender, to) == ("<>", (YOU,))
+    assert parsed(content)["From"]
+
+
+def test_what_a_dead_application_left_half_written_goes_in_the_end(office):
+    for name, days in ((".old", 5), (".new", 1)):
+        office.put(b"half", name, age=days * 86400)
+    office.has_nothing_to_send()
+    left = os.listdir(office.outbox)
+    assert ".new" in left
+    assert ".old" not in left
+
+
 def test_now_says_who_has_taken_it_and_who_has_not(office, sink):
     sink.answers = {SHE: "550 no such user"}
     code, said = office.sendmail("--now", "-f", ME, YOU, SHE, input="hello")

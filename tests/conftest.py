@@ -15,6 +15,10 @@ import pytest
 import bgtasks
 
 PROGRAM = Path(bgtasks.__file__).resolve()
+# as the console script does: a script would be compiled anew for each of some thousand processes
+START = (
+    f"import sys; sys.path[0] = {str(PROGRAM.parent)!r}; import bgtasks; sys.exit(bgtasks.main())"
+)
 
 
 class FakeClock(bgtasks.Clock):
@@ -87,7 +91,7 @@ class Site:
         return self.write(f"{name}.sh", f"#!/bin/sh\n{block}\n{textwrap.dedent(body)}\n", 0o755)
 
     def command(self, *args):
-        return [sys.executable, str(PROGRAM), f"--param_file={self.params}", *args]
+        return [sys.executable, "-c", START, f"--param_file={self.params}", *args]
 
     def run(self, *args, env=None, **options):
         options = {"timeout": 120, "capture_output": True, "text": True, **options}

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -371,7 +372,7 @@ def test_nothing_starts_in_maintenance(site):
 
 
 def test_no_wake_up_nests_in_another(site):
-    call = " ".join(site.command())
+    call = shlex.join(site.command())
     site.shell("a", f"{call} --cron_max_execution_time=0; echo code $?", schedule="every 1 d")
     site.wake()
     assert "code 75" in site.log("a")

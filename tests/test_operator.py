@@ -606,10 +606,10 @@ def test_wrong_logins_are_slowed_and_an_unknown_user_costs_the_same(site):
     seconds = {"ann": [], "bob": []}
     for user in ("ann", "bob") * 3:
         store.put("fact", {"name": "wrong_logins", "value": "0"}, "name")
-        began = time.perf_counter()
+        began = time.process_time()  # of the processor: what else runs must not count
         with pytest.raises(bgtasks.RefusedError):
             login(user, "wrong")
-        seconds[user].append(time.perf_counter() - began)
+        seconds[user].append(time.process_time() - began)
     assert 0.5 < min(seconds["ann"]) / min(seconds["bob"]) < 2
     store.close()
 

@@ -115,7 +115,7 @@ def peak(command: "list[str]", folder: Path) -> int:
     return int(done.stdout)
 
 
-def row(what: str, value: str, target: str = "") -> None:
+def row(what: str, value: str, target: str) -> None:
     print(f"{what:<58}{value:>14}  {target}", flush=True)
 
 
@@ -338,11 +338,8 @@ def mail() -> None:
                 subprocess.run(command, cwd=site.folder, check=True, stderr=subprocess.DEVNULL)
                 measured.append(time.perf_counter() - began)
         bare, ours = map(statistics.median, seconds)
-        took = site.sql("SELECT ended_at - started_at FROM run WHERE outcome = 'done'")
-        run = statistics.median(each for (each,) in took)
-        row(f"{count} mails of 10 kB / a bare smtplib loop", f"{run / bare:.2f}", "at most 1.5")
-        row("  with the start of the program", f"{ours / bare:.2f}")
-        row("  each", f"{run / count * 1000:.2f} ms", f"bare {bare / count * 1000:.2f} ms")
+        row(f"{count} mails of 10 kB / a bare smtplib loop", f"{ours / bare:.2f}", "at most 1.5")
+        row("  each", f"{ours / count * 1000:.2f} ms", f"bare {bare / count * 1000:.2f} ms")
     sink.kill()
 
 

@@ -14,7 +14,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import PROGRAM, wait_for
@@ -123,12 +122,19 @@ def test_row_25_a_file_that_vanished_after_the_look_fails_its_run(site):
 
 
 def test_row_26_the_loaded_bytes_count_while_a_task_runs(site):
-    path = site.python("a", f"import time\ntime.sleep(1)\nopen({str(site.ledger)!r}, 'w').close()")
+    body = f"""
+    import time
+    for word in ("begin", "end"):
+        with open({str(site.ledger)!r}, "a") as ledger:
+            ledger.write(word)
+        time.sleep(0.5)
+    """
+    path = site.python("a", body)
     runner = site.start("--cron_max_execution_time=0")
-    time.sleep(0.5)
+    wait_for(site.ledger.exists)
     path.write_text("x = (")
     assert runner.wait() == 0
-    assert site.ledger.exists()
+    assert site.ledger.read_text() == "beginend"
     assert site.last("a")["outcome"] == "done"
 
 

@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import coverage
 import pytest
 
 import bgtasks
@@ -144,6 +145,19 @@ class Site:
         self.slots.add(slot)
         for name in names:
             self.change("UPDATE task SET next_run_at = ? WHERE name = ?", slot, name)
+
+
+@pytest.fixture(autouse=True)
+def measured(request, monkeypatch):
+    """Coverage costs each process 0.1 s, so what only repeats other tests goes without."""
+    here = coverage.Coverage.current()
+    if not request.node.get_closest_marker("unmeasured") or not here:
+        yield
+        return
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+    here.stop()
+    yield
+    here.start()
 
 
 @pytest.fixture(autouse=True)

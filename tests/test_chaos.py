@@ -14,6 +14,8 @@ import time
 import pytest
 from conftest import PROGRAM
 
+pytestmark = pytest.mark.unmeasured
+
 FULL = bool(os.environ.get("BGTASKS_FULL"))
 ROUNDS, MANY, KILLS = (20, 200, 300) if FULL else (2, 60, 24)
 

@@ -32,6 +32,8 @@ import pytest
 from conftest import wait_for
 from smtp_server import MailSink
 
+pytestmark = pytest.mark.unmeasured
+
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
 

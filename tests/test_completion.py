@@ -11,6 +11,8 @@ from conftest import PROGRAM
 
 import bgtasks
 
+pytestmark = pytest.mark.unmeasured
+
 FOLDER = PROGRAM.parent / "contrib" / "completion"
 BASH = FOLDER / "bgtasks.bash"
 ZSH = FOLDER / "_bgtasks"

@@ -14,6 +14,8 @@ from conftest import PROGRAM
 
 import bgtasks
 
+pytestmark = pytest.mark.unmeasured
+
 ROOT = PROGRAM.parent
 README = (ROOT / "README.md").read_text()
 

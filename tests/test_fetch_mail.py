@@ -20,6 +20,8 @@ from imap_server import ODD_USERS, PASSWORD, PLAIN, UNNAMED
 
 import bgtasks
 
+pytestmark = pytest.mark.unmeasured
+
 FILE = PROGRAM.parent / "contrib" / "tasks" / "fetch_mail.py"
 
 

@@ -554,6 +554,7 @@ def simulate(place, budget, interval, days, chance):
     return runs, deferred, longest
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(("budget", "interval"), [(60, 300), (300, 300), (600, 600)])
 def test_no_task_waits_longer_than_three_wake_ups_beyond_its_turn(place, budget, interval):
     # 30 days in the full form (BGTASKS_FULL=1 python -m pytest -s tests/test_policy.py -k longer)

@@ -3848,10 +3848,13 @@ def _split_mail(content: bytes) -> tuple[list[tuple[str, bytes]], bytes]:
 
     A bare CR or LF ends a line like both together, so that no server can see another end than us:
     https://www.postfix.org/smtp-smuggling.html"""
-    text = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    text = content
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     fields: list[tuple[str, list[bytes]]] = []
     at, body = 0, b""
-    for line in text[: MOST_HEADER_BYTES + 1].splitlines(keepends=True):
+    end = text.find(b"\n\n", 0, MOST_HEADER_BYTES) + 2
+    for line in text[: end if end > 1 else MOST_HEADER_BYTES + 1].splitlines(keepends=True):
         name, colon, _ = line.partition(b":")
         start, at = at, at + len(line)
         if at > MOST_HEADER_BYTES:

@@ -342,9 +342,9 @@ def test_29_february_is_found_across_the_year_2100():
 @needs_croniter
 def test_a_date_40_years_away_is_found_in_50_ms():
     schedule = parse_schedule("30 2 */28 2 1#5", BERLIN)
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert shown(schedule.next_after(at("2072-03-01")), BERLIN) == "2112-02-29 02:30:00"
-    assert time.perf_counter() - begin < 0.05
+    assert time.process_time() - begin < 0.05
 
 
 SPRING = at("2026-03-29T00:00", "Europe/Berlin")  # 02:00 becomes 03:00, the 29th
@@ -541,10 +541,10 @@ def test_it_refuses_in_10_ms_and_says_what_is_allowed(text, said, monkeypatch):
     monkeypatch.setitem(sys.modules, "croniter", None)  # and needs no croniter to do so
     costs = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = time.process_time()
         with pytest.raises(TaskError) as refused:
             parse_schedule(text, UTC)
-        costs.append(time.perf_counter() - begin)
+        costs.append(time.process_time() - begin)
     assert not isinstance(refused.value, MissingPackageError)
     assert str(refused.value).startswith("schedule: ")
     assert said in str(refused.value)
@@ -793,9 +793,9 @@ def test_an_answer_takes_less_than_50_ms():
     for which, schedule in PARSED.items():
         costs = []
         for moment in (at("2026-01-01"), SPRING, AUTUMN):
-            begin = time.perf_counter()
+            begin = time.process_time()
             schedule.next_after(moment)
-            costs.append(time.perf_counter() - begin)
+            costs.append(time.process_time() - begin)
         worst[min(costs)] = which
     assert max(worst) < 0.05, worst[max(worst)]
 

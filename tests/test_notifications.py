@@ -1222,15 +1222,15 @@ def test_what_hangs_costs_a_wake_up_at_most_10_seconds_and_no_run_anything(tmp_p
         ports = {"silent": first, "dripping": second}
         sites = [Site(folder) for folder in map(tmp_path.joinpath, ports) if not folder.mkdir()]
         running = [start_with_what_hangs(site, ports[site.folder.name]) for site in sites]
-        began = time.monotonic()
         for each in running:
             assert each.communicate(timeout=60) == (b"", b"")
             assert each.returncode == 0
-        assert time.monotonic() - began < 13
+    left = time.time()
     for site in sites:
         runs = site.rows("SELECT *, ended_at - started_at AS seconds FROM run ORDER BY task")
         assert [run["outcome"] for run in runs] == ["failed", "done"]
         assert max(run["seconds"] for run in runs) < 2
+        assert left - max(run["ended_at"] for run in runs) < 13
         assert abs(runs[0]["started_at"] - runs[1]["started_at"]) < 3
         assert [len(waiting(site, suffix)) for suffix in (".eml", ".json")] == [1, 1]
         sink.mails.clear()

@@ -2562,6 +2562,9 @@ def keep(brief: Brief, output: int, clock: Clock) -> int:
     note(notes, end=verdict, status=status, peak=peak, left=left, seconds=seconds)
     for fd in (1, 2):  # what still holds the lock now has left the group
         os.dup2(0, fd)
+    until = clock.monotonic() + 0.5  # the runner closes its copy of the lock just after its fork
+    while is_locked(brief.live + ".out") and clock.monotonic() < until:
+        clock.wait(0.02)
     if is_locked(brief.live + ".out"):
         note(notes, left=[*left, "a process in a session of its own, which was let live"])
     return EXIT_OK

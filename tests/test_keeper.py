@@ -292,6 +292,26 @@ def test_a_program_that_cannot_be_started_says_why(site):
     assert found["reason"] == "could not start no-such-program: No such file or directory"
 
 
+def test_a_runner_that_is_slow_to_let_go_is_no_process_left_behind(site):
+    """On a busy machine a run may be over before its runner closes its copy of the lock."""
+    site.write("a.toml", 'schedule = "every 1 d"\ncommand = ["no-such-program"]\n')
+    code = f"""
+import os, sys, time
+sys.path[0] = {str(PROGRAM.parent)!r}
+import bgtasks
+runner, fork = os.getpid(), bgtasks.fork
+def slow(body):
+    pid = fork(body)
+    time.sleep(0.3 * (os.getpid() == runner))
+    return pid
+bgtasks.fork = slow
+bgtasks.main(["--param_file={site.params}", "--cron_max_execution_time=0"])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    reason = "could not start no-such-program: No such file or directory"
+    assert site.last("a")["reason"] == reason
+
+
 def test_a_program_that_became_unsafe_is_not_started(site):
     folder = site.folder / "else"
     folder.mkdir()

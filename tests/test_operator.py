@@ -484,7 +484,7 @@ def test_follow_shows_a_run_until_it_ends(site):
     go = site.folder / "go"
     site.shell("a", f"echo one; while [ ! -e {go} ]; do sleep 0.1; done; echo two; sleep 0.3")
     runner = site.start("--cron_max_execution_time=0")
-    wait_for(lambda: list((site.state / "runs").glob("*.out")) if site.state.exists() else False)
+    wait_for(lambda: list(site.folder.glob("state/runs/*.keeper")))
     process = subprocess.Popen(
         site.command("log", "a", "--follow"), stdout=subprocess.PIPE, text=True
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import coverage
 import pytest
+from hypothesis import HealthCheck, settings
 
 import bgtasks
 
@@ -20,6 +21,11 @@ PROGRAM = Path(bgtasks.__file__).resolve()
 START = (
     f"import sys; sys.path[0] = {str(PROGRAM.parent)!r}; import bgtasks; sys.exit(bgtasks.main())"
 )
+
+
+# on a busy machine an example may take its time, and so may thinking of one
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 class FakeClock(bgtasks.Clock):

@@ -758,7 +758,7 @@ MOMENTS = st.integers(at("1990-01-01"), at("2090-01-01")) | st.floats(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.sampled_from(list(PARSED)), MOMENTS, st.integers(0, 3 * DAY))
 def test_the_next_moment_is_later_never_goes_back_and_stays(which, moment, more):
     schedule = PARSED[which]
@@ -778,7 +778,7 @@ def answer_or_error(text):
         return None, str(error)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.text("0123456789*/-,LWH#() :.monfrievydailhs@", max_size=24) | st.text(max_size=30))
 def test_any_text_is_read_or_refused_in_one_line(text):
     for candidate in (text, f"{text} 3 * * *", f"0 0 {text} * *", f"0 0 * * {text}"):

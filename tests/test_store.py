@@ -626,7 +626,7 @@ class Model(stateful.RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = hypothesis_settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestModel.settings = hypothesis_settings(max_examples=25, stateful_step_count=20)
 
 
 # -- locks

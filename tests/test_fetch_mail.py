@@ -451,7 +451,7 @@ def test_kills_at_any_moment_lose_nothing_and_repeat_nothing(fetch, protocol, th
 def test_at_the_deadline_it_stops_between_two_messages(fetch, protocol):
     fetch.mailbox.put(*letters(8))
     program = fetch.program("sleep 0.4")
-    fetch.set("task.fetch_mail.deadline = 1\n", program=program, protocol=protocol, then="delete")
+    fetch.set("task.fetch_mail.deadline = 2\n", program=program, protocol=protocol, then="delete")
     found = fetch.run()
     assert found["outcome"] == "more", fetch.said
     left = len(fetch.mailbox.messages())

@@ -184,7 +184,7 @@ def test_nobody_woke_the_runner_is_said(site, look):
 
 
 def test_a_busy_wake_up_is_told(site):
-    site.shell("a", f"touch {site.ledger}; sleep 2", schedule="every 1 d")
+    site.shell("a", f"touch {site.ledger}; sleep 4", schedule="every 1 d")
     runner = site.start("--cron_max_execution_time=60")
     wait_for(site.ledger.exists)
     site.run("--cron_max_execution_time=0")

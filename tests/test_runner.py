@@ -109,7 +109,7 @@ def test_more_is_repeated_at_once_behind_the_others_if_time_is_left(site):
     """
     site.python("again", body, schedule="every 1 d", order=1)
     note(site, "b")
-    site.run("--cron_max_execution_time=2", "--cron_sleep=1")
+    site.run("--cron_max_execution_time=5", "--cron_sleep=1")
     assert noted(site)[:3] == ["again", "b", "again"]
     assert noted(site).count("again") > 3
     triggers = {row["trigger"] for row in site.rows("SELECT trigger FROM run WHERE slot IS NULL")}
@@ -261,7 +261,7 @@ def test_a_wake_up_whose_time_is_up_waits_for_its_keepers_but_frees_the_others(s
 
 
 def test_a_second_runner_leaves_at_once_and_is_recorded_as_busy(site):
-    note(site, "a", seconds=2)
+    note(site, "a", seconds=4)
     runner = site.start("--cron_max_execution_time=30")
     wait_for(lambda: noted(site))
     started = time.time()
@@ -285,7 +285,7 @@ def test_cron_lines_as_regular_as_the_runners_time_miss_no_turn(site):
 
 
 def test_two_groups_woken_at_the_same_time_work_side_by_side(site):
-    note(site, "slow", seconds=2, group="slow")
+    note(site, "slow", seconds=4, group="slow")
     note(site, "fast", group="fast")
     slow = site.start("--group=slow", "--cron_max_execution_time=0")
     wait_for(lambda: noted(site))

@@ -10,7 +10,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import coverage
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -156,14 +155,12 @@ class Site:
 @pytest.fixture(autouse=True)
 def measured(request, monkeypatch):
     """Coverage costs each process 0.1 s, so what only repeats other tests goes without."""
-    here = coverage.Coverage.current()
-    if not request.node.get_closest_marker("unmeasured") or not here:
-        yield
-        return
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
-    here.stop()
+    tracer = sys.gettrace()  # to stop and start it would patch `os.fork` once more each time
+    if request.node.get_closest_marker("unmeasured"):
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        sys.settrace(None)
     yield
-    here.start()
+    sys.settrace(tracer)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,20 @@ import bgtasks
 
 PROGRAM = Path(bgtasks.__file__).resolve()
 # as the console script does: a script would be compiled anew for each of some thousand processes
-START = (
-    f"import sys; sys.path[0] = {str(PROGRAM.parent)!r}; import bgtasks; sys.exit(bgtasks.main())"
-)
+START = f"import sys; sys.path[0] = {str(PROGRAM.parent)!r}; import bgtasks"
+# a clock that is ahead by the seconds that stand in a file
+MOVED = """
+def moved(read):
+    def told(clock):
+        try:
+            with open({path!r}) as file:
+                return read(clock) + sum(map(float, file.read().split()))
+        except FileNotFoundError:
+            return read(clock)
+    return told
+for name in ("now", "monotonic"):
+    setattr(bgtasks.Clock, name, moved(getattr(bgtasks.Clock, name)))
+"""
 
 
 # on a busy machine an example may take its time, and so may thinking of one
@@ -76,9 +88,28 @@ class Site:
         self.said = folder / "said"
         self.slots = set()
 
+        self.first = ""  # what its processes do first: code that knows `bgtasks`
+
     @property
     def state(self):
         return self.folder / "state"
+
+    @property
+    def hold(self):
+        """What a shell script says to go on until its test says `site.release()`."""
+        return f"until [ -e {self.folder}/released ]; do sleep 0.05; done"
+
+    def release(self):
+        (self.folder / "released").touch()
+
+    def movable_clock(self):
+        """Let its processes take the time from a clock that this file moves: by the numbers in it.
+
+        So what waits for an end of time, as a timeout, needs neither much time nor a fast machine.
+        """
+        path = self.folder / "ahead"
+        self.first = MOVED.format(path=str(path))
+        return path
 
     def write(self, file, text, mode=0o644):
         path = self.tasks / file
@@ -97,7 +128,8 @@ class Site:
         return self.write(f"{name}.sh", f"#!/bin/sh\n{block}\n{textwrap.dedent(body)}\n", 0o755)
 
     def command(self, *args):
-        return [sys.executable, "-c", START, f"--param_file={self.params}", *args]
+        code = f"{START}\n{self.first}\nsys.exit(bgtasks.main())"
+        return [sys.executable, "-c", code, f"--param_file={self.params}", *args]
 
     def run(self, *args, env=None, **options):
         options = {"timeout": 120, "capture_output": True, "text": True, **options}
@@ -130,14 +162,14 @@ class Site:
         return self.run("log", str(what)).stdout
 
     def rows(self, sql, *values):
-        with sqlite3.connect(self.state / "bgtasks.db", timeout=10) as db:
+        with sqlite3.connect(self.state / "bgtasks.db", timeout=60) as db:
             db.row_factory = sqlite3.Row
             found = [dict(row) for row in db.execute(sql, values)]
         db.close()
         return found
 
     def change(self, sql, *values):
-        with sqlite3.connect(self.state / "bgtasks.db", timeout=10) as db:
+        with sqlite3.connect(self.state / "bgtasks.db", timeout=60) as db:
             db.execute(sql, values)
         db.close()
 
@@ -181,6 +213,44 @@ def somebody_else(uid=65534):
         os.seteuid(0)
 
 
+class Stalls:
+    """When this machine stood still, as a virtual one does while others have its processors."""
+
+    def __init__(self):
+        self._found, self._over = [], threading.Event()
+
+    def __enter__(self):
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self):
+        before = time.time()
+        while not self._over.wait(0.05):
+            now = time.time()
+            if now - before > 0.15:
+                self._found.append((before + 0.05, now))
+            before = now
+
+    def seconds(self, begin, end):
+        """Return the seconds from one moment to another, but for those in which it stood still."""
+        lost = (min(end, until) - max(begin, since) for since, until in self._found)
+        return end - begin - sum(seconds for seconds in lost if seconds > 0)
+
+    def since(self, begin):
+        return self.seconds(begin, time.time())
+
+
+@pytest.fixture
+def stalls():
+    with Stalls() as stalls:
+        yield stalls
+
+
 @pytest.fixture
 def clock():
     return FakeClock()
@@ -188,10 +258,12 @@ def clock():
 
 @pytest.fixture
 def site(tmp_path):
-    return Site(tmp_path)
+    site = Site(tmp_path)
+    yield site
+    site.release()
 
 
-def wait_for(condition, seconds=30.0):
+def wait_for(condition, seconds=60.0):
     """Wait until the condition holds and return what it gave."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

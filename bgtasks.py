@@ -2562,10 +2562,11 @@ def keep(brief: Brief, output: int, clock: Clock) -> int:
     note(notes, end=verdict, status=status, peak=peak, left=left, seconds=seconds)
     for fd in (1, 2):  # what still holds the lock now has left the group
         os.dup2(0, fd)
+    path, copy = os.path.realpath(brief.live + ".out"), f"/proc/{brief.runner[0]}/fd/{output}"
     until = clock.monotonic() + 0.5  # the runner closes its copy of the lock just after its fork
-    while is_locked(brief.live + ".out") and clock.monotonic() < until:
+    while is_locked(path) and (clock.monotonic() < until or os.path.realpath(copy) == path):
         clock.wait(0.02)
-    if is_locked(brief.live + ".out"):
+    if is_locked(path):
         note(notes, left=[*left, "a process in a session of its own, which was let live"])
     return EXIT_OK
 

@@ -302,7 +302,7 @@ import bgtasks
 runner, fork = os.getpid(), bgtasks.fork
 def slow(body):
     pid = fork(body)
-    time.sleep(0.3 * (os.getpid() == runner))
+    time.sleep(1.5 * (os.getpid() == runner))
     return pid
 bgtasks.fork = slow
 bgtasks.main(["--param_file={site.params}", "--cron_max_execution_time=0"])

@@ -2995,7 +2995,7 @@ def take_runner_lock(path: str, ends_at: float | None, clock: Clock) -> int | No
         except BlockingIOError:
             text = os.pread(fd, 64, 0)
         left = float(text) - clock.monotonic() if text else float("inf")
-        if not -1.0 < left <= CLEARANCE_SECONDS:
+        if not -CLEARANCE_SECONDS < left <= CLEARANCE_SECONDS:
             os.close(fd)
             return None
         clock.wait(0.02)

@@ -638,3 +638,31 @@ def test_no_folder_of_tasks_is_a_config_error(site):
     done = site.wake()
     assert done.returncode == 78
     assert f"{site.tasks}: cannot read the folder of tasks" in done.stderr
+@pytest.mark.parametrize(
+    ("left", "frees", "waits"),
+    [
+        (5, 1, True),
+        (1, 3, True),
+        (1, 5.9, True),
+        (5.1, 1, False),
+        (1, 6.1, False),
+        (None, 1, False),
+    ],
+)
+def test_a_runner_near_its_end_or_a_little_late_is_waited_for(tmp_path, clock, left, frees, waits):
+    """It has ``left`` seconds to its end, and leaves in as many as ``frees``."""
+    path, leaves_at = str(tmp_path / "lock"), clock.ticks + frees
+    held = [bgtasks.take_runner_lock(path, left and clock.ticks + left, clock)]
+
+    def wait(seconds):
+        clock.advance(seconds)
+        if held and clock.ticks >= leaves_at:
+            os.close(held.pop())
+
+    clock.wait = wait
+    taken = bgtasks.take_runner_lock(path, None, clock)
+    assert (taken is not None) == waits
+    for fd in [taken] * waits + held:
+        os.close(fd)
+
+

@@ -4202,7 +4202,7 @@ class Notifier:
 
     def _start(self, seconds: int, body: Callable[[], int]) -> None:
         self._store.close()
-        self._senders = [pid for pid in self._senders if not os.waitpid(pid, os.WNOHANG)[0]]
+        self._senders = [pid for pid in self._senders if not self._reap(pid, os.WNOHANG)]
         try:
             self._senders.append(fork_apart(seconds, body))
         except OSError:  # there is no process to be had; what is to be sent is kept
@@ -4259,8 +4259,13 @@ class Notifier:
     def close(self) -> None:
         """Wait for what still sends; each ends within seconds."""
         self.deliver()
-        for pid in self._senders:
-            os.waitpid(pid, 0)
+        self._senders = [pid for pid in self._senders if not self._reap(pid, 0)]
+
+    def _reap(self, pid: int, how: int) -> int:
+        ended, status = os.waitpid(pid, how)
+        if os.WIFSIGNALED(status):  # the kernel ended it in time, but not what it started
+            signal_group(pid, signal.SIGKILL)
+        return ended
 
 
 def own_mails(outbox: str, suffix: str) -> list[str]:

@@ -1287,6 +1287,18 @@ def test_a_system_without_a_free_process_keeps_what_is_to_be_sent(known, monkeyp
 
     monkeypatch.setattr(bgtasks, "fork_apart", refused)
     notifier.tell("start", {"task": "a", "run": 1, "ping": "http://127.0.0.1:1/"})
+def test_what_a_sender_started_ends_with_it_if_the_kernel_had_to_end_it(site):
+    """Else it would keep the document to itself for as long as it hangs."""
+    program = site.folder / "listener.sh"
+    program.write_text("#!/bin/sh\nkill -ALRM $PPID\nsleep 1000\n")  # as the kernel does
+    program.chmod(0o755)
+    configure(site, f"notify_command = {program}")
+    site.shell("a", "exit 1", schedule="every 1 d")
+    quiet_wake(site)
+    (file,) = waiting(site, ".json")
+    os.close(wait_for(lambda: bgtasks.take_mail(str(file))))
+
+
     notifier.close()
     assert sorted(file.suffix for file in outbox(known)) == [".eml", ".json"]
     monkeypatch.undo()

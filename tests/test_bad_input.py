@@ -123,27 +123,29 @@ def test_row_25_a_file_that_vanished_after_the_look_fails_its_run(site):
 
 def test_row_26_the_loaded_bytes_count_while_a_task_runs(site):
     body = f"""
-    import time
+    import subprocess
     for word in ("begin", "end"):
         with open({str(site.ledger)!r}, "a") as ledger:
             ledger.write(word)
-        time.sleep(0.5)
+        subprocess.run(["sh", "-c", {site.hold!r}])
     """
     path = site.python("a", body)
     runner = site.start("--cron_max_execution_time=0")
     wait_for(site.ledger.exists)
     path.write_text("x = (")
+    site.release()
     assert runner.wait() == 0
     assert site.ledger.read_text() == "beginend"
     assert site.last("a")["outcome"] == "done"
 
 
 def test_row_27_a_task_that_is_removed_while_it_runs_ends_and_is_shown_as_missing(site):
-    path = site.python("a", f"open({str(site.ledger)!r}, 'w'); import time; time.sleep(0.5)")
+    path = site.shell("a", f"touch {site.ledger}; {site.hold}")
     runner = site.start("--cron_max_execution_time=0")
     wait_for(site.ledger.exists)
     path.unlink()
-    assert runner.wait(timeout=30) == 0
+    site.release()
+    assert runner.wait(timeout=60) == 0
     site.wake()
     task = site.status("a")
     assert (task["state"], task["last_outcome"], task["runs"]) == ("missing", "done", 1)
@@ -314,10 +316,11 @@ def test_row_67_a_program_that_runs_with_rights_of_another_is_77(site):
 
 
 def test_a_state_that_is_deleted_while_a_runner_works_is_74(used):
-    used.shell("b", f"touch {used.ledger}.b; sleep 1", schedule="every 1 d")
+    used.shell("b", f"touch {used.ledger}.b; {used.hold}", schedule="every 1 d")
     runner = used.start("--cron_max_execution_time=0")
     wait_for(lambda: os.path.exists(f"{used.ledger}.b"))
     (used.state / "bgtasks.db").rename(used.state / "away")
+    used.release()
     assert runner.wait() == 74
     assert "bgtasks.db: the state file is gone" in used.said.read_text()
     (used.state / "away").rename(used.state / "bgtasks.db")

@@ -1,7 +1,6 @@
 import json
 import os
 import pty
-import re
 import resource
 import select
 import shutil
@@ -25,6 +24,11 @@ TASK_KEYS |= {"consecutive_failures", "last_seconds", "min_seconds", "average_se
 TASK_KEYS |= {"max_seconds", "volume", "description", "group", "deferred", "retry_at"}
 TASK_KEYS |= {"usual_seconds", "total_seconds", "overran_seconds", "last_success_at"}
 TASK_KEYS |= {"paused_until", "unacknowledged"}
+
+
+def how_long(site):
+    """How long the task `a` took the last time, in words."""
+    return bgtasks.duration(site.status("a")["last_seconds"])
 
 
 def refused(site, code, *args):
@@ -107,13 +111,15 @@ def test_it_is_silent_when_all_is_well(site):
 
 
 def test_verbose_says_each_start_and_end_as_it_happens_and_the_status(site):
-    site.shell("a", "sleep 1; echo message=fine >>$BGTASKS_REPORT; echo volume=3 >>$BGTASKS_REPORT")
+    reports = "echo message=fine >>$BGTASKS_REPORT; echo volume=3 >>$BGTASKS_REPORT"
+    site.shell("a", f"{site.hold}; {reports}")
     runner = site.start("--verbose", "--cron_max_execution_time=0")
     wait_for(lambda: "a: run 1 starts (planned " in site.said.read_text())
     assert "a: done" not in site.said.read_text()
+    site.release()
     assert runner.wait() == 0
     text = site.said.read_text()
-    assert re.search(r"a: done after 1\.. s: volume 3; fine", text)
+    assert f"a: done after {how_long(site)}: volume 3; fine" in text
     assert "running as root" in text
     assert "TASK" in text
     assert text.index("a: done") < text.index("TASK")
@@ -146,28 +152,23 @@ def files(site):
     }
 
 
-def unchanged(site):
-    """The files of the state, once the runner has written what it had to."""
-    before = files(site)
-    time.sleep(0.3)
-    return before if files(site) == before else None
-
-
-def test_status_only_works_beside_a_runner_changes_nothing_and_leaves_at_once(site):
-    body = f"echo progress=2/10 >>$BGTASKS_REPORT; touch {site.ledger}; sleep 4"
+def test_status_only_works_beside_a_runner_changes_nothing_and_leaves_at_once(site, stalls):
+    body = f"echo progress=2/10 >>$BGTASKS_REPORT; touch {site.ledger}; {site.hold}"
     site.shell("a", body)
     runner = site.start("--cron_max_execution_time=0")
     wait_for(site.ledger.exists)
-    before = wait_for(lambda: unchanged(site))
+    wait_for(lambda: site.rows("SELECT * FROM wakeup"))  # the last it writes while it waits
+    before = files(site)
     started = time.time()
     done = site.run("--status_only=1")
-    assert time.time() - started < 2.5
+    assert stalls.since(started) < 2.5
     assert files(site) == before
     assert done.returncode == 0
     assert "running; 2/10" in done.stdout
     found = site.status("a")
     assert (found["running"], found["progress"], found["last_outcome"]) == (True, "2/10", "running")
     assert site.run("log", "a").stdout == ""
+    site.release()
     assert runner.wait() == 0
 
 
@@ -277,10 +278,11 @@ def test_paused_disabled_and_missing_are_shown_with_their_reasons(site):
 
 
 def test_log_shows_what_a_run_printed_also_while_it_runs(site):
-    site.shell("a", f"echo one; touch {site.ledger}; sleep 2; printf two")
+    site.shell("a", f"echo one; touch {site.ledger}; {site.hold}; printf two")
     runner = site.start("--cron_max_execution_time=0")
     wait_for(site.ledger.exists)
     assert site.log("a") == "one\n"
+    site.release()
     runner.wait()
     assert site.log(1) == "one\ntwo\n"
 
@@ -293,23 +295,25 @@ def test_log_shows_what_a_run_printed_also_while_it_runs(site):
     [
         ("echo hi", 0),
         ("echo hi; exit 3", 1),
-        ("echo hi; sleep 9", 124),
+        ("echo hi; echo 1000 >{ahead}; sleep 60", 124),
         ("echo hi; kill -9 $$", 137),
     ],
 )
 def test_run_shows_the_output_and_how_it_ended(site, body, code):
-    site.shell("a", body, schedule="daily 03:30", timeout=1)
+    body = body.format(ahead=site.movable_clock())
+    site.shell("a", body, schedule="daily 03:30", timeout=1000)
     done = site.run("run", "a")
     assert (done.returncode, done.stdout) == (code, "hi\n")
     assert done.stderr.startswith("bgtasks: a: ")
 
 
 def test_run_is_refused_while_it_runs_or_is_paused_and_broken_tasks_are_66(site):
-    site.shell("a", f"touch {site.ledger}; sleep 2")
+    site.shell("a", f"touch {site.ledger}; {site.hold}")
     site.write("b.py", "x = (")
     runner = site.start("--cron_max_execution_time=0")
     wait_for(site.ledger.exists)
     assert "is running already" in refused(site, 75, "run", "a")
+    site.release()
     runner.wait()
     site.run("pause", "a")
     assert "a: paused: by root; resume a" in refused(site, 75, "run", "a")
@@ -384,8 +388,8 @@ def test_lint_names_what_is_broken_and_what_may_surprise(site):
 # -- terminals
 
 
-def on_terminal(command, columns=80, environ=None):
-    """What a program writes on a terminal of that width."""
+def on_terminal(command, columns=80, environ=None, look=None):
+    """What a program writes on a terminal of that width; ``look`` sees it as it comes."""
     pid, fd = pty.fork()
     if pid == 0:  # pragma: no cover - becomes the program
         os.environ.update(environ or {})
@@ -404,6 +408,8 @@ def on_terminal(command, columns=80, environ=None):
         if not found:
             break
         text += found
+        if look:
+            look(text)
     os.waitpid(pid, 0)
     os.close(fd)
     return text.decode()
@@ -432,11 +438,12 @@ def test_colour_only_on_a_terminal(site):
 
 @pytest.mark.filterwarnings("ignore:.*use of forkpty.*:DeprecationWarning")
 def test_a_long_run_shows_its_progress_on_a_terminal(site):
-    site.shell("a", "echo progress=3/10 >>$BGTASKS_REPORT; sleep 3")
-    text = on_terminal(site.command("--verbose", "--cron_max_execution_time=0"))
+    site.shell("a", f"echo progress=3/10 >>$BGTASKS_REPORT; {site.hold}")
+    command = site.command("--verbose", "--cron_max_execution_time=0")
+    text = on_terminal(command, look=lambda text: b"running: a 3/10" in text and site.release())
     assert "running: a 3/10" in text
     assert "\r" in text
-    assert "a: done after 3" in text
+    assert f"a: done after {how_long(site)}" in text
 
 
 def test_what_tasks_say_never_steers_the_terminal(site):

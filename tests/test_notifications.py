@@ -321,7 +321,7 @@ def hanging(known):
         yield known
     finally:
         release.touch()
-        running.wait(30)
+        running.wait(60)
 
 
 def looked(place, moment):
@@ -799,7 +799,7 @@ def test_two_runners_that_deliver_at_once_tell_it_once(known):
         assert second.poll() is None
         assert outbox(known) == []
         assert news(known) == ["a failing"]  # as the first one does once it has written its mails
-    assert second.wait(30) == 0
+    assert second.wait(60) == 0
     assert outbox(known) == []
     assert known.site.said.read_text() == ""
 
@@ -820,7 +820,7 @@ def test_what_a_killed_runner_had_recorded_the_next_wake_up_tells(site):
     runner = site.start("--cron_max_execution_time=600")
     wait_for(lambda: site.rows("SELECT * FROM notice WHERE kind = 'failing'"))
     runner.kill()
-    assert runner.wait(10) == -9
+    assert runner.wait(60) == -9
     assert not (site.folder / "outbox").exists()
     assert site.wake().returncode == 0
     (file,) = (site.folder / "outbox").iterdir()
@@ -860,7 +860,18 @@ def parsed(sink):
 
 
 @pytest.fixture
-def sink():
+def patient(site, monkeypatch):
+    """On a busy machine mails and pings may take their time; what hangs has tests of its own."""
+    site.first = PATIENT
+    monkeypatch.setattr(bgtasks, "PING_SECONDS", 60)
+    monkeypatch.setattr(bgtasks, "SEND_SECONDS", 60)
+
+
+PATIENT = "bgtasks.PING_SECONDS = bgtasks.SEND_SECONDS = 60"
+
+
+@pytest.fixture
+def sink(patient):
     with MailSink() as sink:
         yield sink
 
@@ -1112,7 +1123,7 @@ def test_a_mail_that_is_just_being_sent_is_left_alone(site, clock, sink):
     assert len(sink.mails) == 1
 
 
-def test_the_local_sendmail_program_gets_sender_recipient_and_mail(site):
+def test_the_local_sendmail_program_gets_sender_recipient_and_mail(site, patient):
     program = site.write(
         "sendmail", f'#!/bin/sh\necho "$@" >{site.said}; cat >{site.ledger}\n', 0o755
     )
@@ -1129,7 +1140,7 @@ def test_the_local_sendmail_program_gets_sender_recipient_and_mail(site):
 
 
 @pytest.mark.parametrize(("code", "place"), [(67, "failed"), (75, "")])
-def test_a_sendmail_program_that_refuses_keeps_the_mail(site, code, place):
+def test_a_sendmail_program_that_refuses_keeps_the_mail(site, patient, code, place):
     program = site.folder / "sendmail"
     program.write_text(f"#!/bin/sh\necho unknown >&2; exit {code}\n")
     program.chmod(0o755)
@@ -1140,7 +1151,7 @@ def test_a_sendmail_program_that_refuses_keeps_the_mail(site, code, place):
     assert len(waiting(site)) == (not place)
 
 
-def test_a_sendmail_program_that_does_not_even_read_a_large_mail_has_refused_it(site):
+def test_a_sendmail_program_that_does_not_even_read_a_large_mail_has_refused_it(site, patient):
     program = site.folder / "sendmail"
     program.write_text("#!/bin/sh\nexec <&-\nsleep 0.2\nexit 67\n")
     program.chmod(0o755)
@@ -1214,7 +1225,7 @@ def silent(connection):
         pass
 
 
-def test_what_hangs_costs_a_wake_up_at_most_10_seconds_and_no_run_anything(tmp_path, sink):
+def test_what_hangs_costs_a_wake_up_at_most_10_seconds_and_no_run_anything(tmp_path, sink, stalls):
     """The mail server, the pinged one and notify_command hang all at once; SIGALRM is ignored.
 
     It hangs in two ways, at two places, at the same time."""
@@ -1223,17 +1234,18 @@ def test_what_hangs_costs_a_wake_up_at_most_10_seconds_and_no_run_anything(tmp_p
         sites = [Site(folder) for folder in map(tmp_path.joinpath, ports) if not folder.mkdir()]
         running = [start_with_what_hangs(site, ports[site.folder.name]) for site in sites]
         for each in running:
-            assert each.communicate(timeout=60) == (b"", b"")
+            assert each.communicate(timeout=120) == (b"", b"")
             assert each.returncode == 0
     left = time.time()
     for site in sites:
-        runs = site.rows("SELECT *, ended_at - started_at AS seconds FROM run ORDER BY task")
+        runs = site.rows("SELECT * FROM run ORDER BY task")
         assert [run["outcome"] for run in runs] == ["failed", "done"]
-        assert max(run["seconds"] for run in runs) < 2
-        assert left - max(run["ended_at"] for run in runs) < 13
-        assert abs(runs[0]["started_at"] - runs[1]["started_at"]) < 3
+        assert max(stalls.seconds(run["started_at"], run["ended_at"]) for run in runs) < 2
+        assert stalls.seconds(max(run["ended_at"] for run in runs), left) < 13
+        assert stalls.seconds(*sorted(run["started_at"] for run in runs)) < 3
         assert [len(waiting(site, suffix)) for suffix in (".eml", ".json")] == [1, 1]
         sink.mails.clear()
+        site.first = PATIENT
         configure(site, ME, sink.params())
         quiet_wake(site)
         assert [subject(mail) for mail in parsed(sink)] == [
@@ -1253,7 +1265,7 @@ def start_with_what_hangs(site, port):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_what_hangs_is_left_in_time_to_look_after_what_is_old(site, clock, monkeypatch):
+def test_what_hangs_is_left_in_time_to_look_after_what_is_old(site, clock, monkeypatch, stalls):
     """The wait for the server ends before the kernel ends the whole sender."""
     monkeypatch.setattr(bgtasks, "SEND_SECONDS", 2.5)
     with listening(silent) as port:
@@ -1262,11 +1274,10 @@ def test_what_hangs_is_left_in_time_to_look_after_what_is_old(site, clock, monke
         for suffix in ("eml", "json"):
             folder = str(site.folder / "outbox")
             bgtasks.post(folder, b"To: me@example.org\n\n{}", START, bgtasks.OURS, suffix)
-        began = time.monotonic()
-        clock.moment = time.time()
+        clock.moment = began = time.time()
         assert bgtasks.send_own_mails(settings_of(site), clock) == 0
         assert bgtasks.run_notify_command(settings_of(site), clock) == 0
-        assert time.monotonic() - began < 5
+        assert stalls.since(began) < 5
         assert [len(waiting(site, suffix)) for suffix in (".eml", ".json")] == [1, 1]
         clock.advance(5 * DAY)
         assert bgtasks.send_own_mails(settings_of(site), clock) == 0
@@ -1274,6 +1285,18 @@ def test_what_hangs_is_left_in_time_to_look_after_what_is_old(site, clock, monke
         assert waiting(site) == waiting(site, ".json") == []
         (answer,) = (site.folder / "outbox" / "failed").glob("*.answer")
         assert "timed out" in answer.read_text()
+
+
+def test_what_a_sender_started_ends_with_it_if_the_kernel_had_to_end_it(site):
+    """Else it would keep the document to itself for as long as it hangs."""
+    program = site.folder / "listener.sh"
+    program.write_text("#!/bin/sh\nkill -ALRM $PPID\nsleep 1000\n")  # as the kernel does
+    program.chmod(0o755)
+    configure(site, f"notify_command = {program}")
+    site.shell("a", "exit 1", schedule="every 1 d")
+    quiet_wake(site)
+    (file,) = waiting(site, ".json")
+    os.close(wait_for(lambda: bgtasks.take_mail(str(file))))
 
 
 def test_a_system_without_a_free_process_keeps_what_is_to_be_sent(known, monkeypatch):
@@ -1287,18 +1310,6 @@ def test_a_system_without_a_free_process_keeps_what_is_to_be_sent(known, monkeyp
 
     monkeypatch.setattr(bgtasks, "fork_apart", refused)
     notifier.tell("start", {"task": "a", "run": 1, "ping": "http://127.0.0.1:1/"})
-def test_what_a_sender_started_ends_with_it_if_the_kernel_had_to_end_it(site):
-    """Else it would keep the document to itself for as long as it hangs."""
-    program = site.folder / "listener.sh"
-    program.write_text("#!/bin/sh\nkill -ALRM $PPID\nsleep 1000\n")  # as the kernel does
-    program.chmod(0o755)
-    configure(site, f"notify_command = {program}")
-    site.shell("a", "exit 1", schedule="every 1 d")
-    quiet_wake(site)
-    (file,) = waiting(site, ".json")
-    os.close(wait_for(lambda: bgtasks.take_mail(str(file))))
-
-
     notifier.close()
     assert sorted(file.suffix for file in outbox(known)) == [".eml", ".json"]
     monkeypatch.undo()
@@ -1320,7 +1331,7 @@ def test_ended_senders_are_reaped_as_it_goes(known):
 
 
 @pytest.fixture
-def listener(site):
+def listener(site, patient):
     """A site whose notify_command puts each document into the ledger, a line each."""
     program = site.folder / "listener.sh"
     program.write_text(f"#!/bin/sh\n(cat; echo) >>{site.ledger}\nexit $1\n")
@@ -1417,7 +1428,7 @@ class Beacon:
     """A real HTTP server that remembers how it was pinged: method, path with query, and body."""
 
     def __init__(self, answer=200):
-        self.answer, self.seconds, self.location, self.pings = answer, {}, "", []
+        self.answer, self.before, self.location, self.pings = answer, {}, "", []
 
     def __enter__(self):
         beacon = self
@@ -1425,7 +1436,7 @@ class Beacon:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                time.sleep(beacon.seconds.get(self.path, 0))
+                beacon.before.get(self.path, int)()
                 beacon.pings.append((self.command, self.path, body))
                 moved = beacon.location and "moved" not in self.path
                 self.send_response(302 if moved else beacon.answer)
@@ -1456,7 +1467,7 @@ class Beacon:
 
 
 @pytest.fixture
-def beacon():
+def beacon(patient):
     with Beacon() as beacon:
         yield beacon
 
@@ -1502,13 +1513,16 @@ def test_a_run_by_hand_and_one_that_was_left_behind_ping_too(site, beacon):
 
 
 def test_the_ping_of_an_end_never_overtakes_that_of_its_start(site, beacon):
-    """Else whoever listens waits for the end of a run that ended."""
-    beacon.seconds["/uuid/start"] = 1.0
+    """Else whoever listens waits for the end of a run that ended; but no run waits for a ping."""
+
+    def when_it_has_ended():
+        wait_for(lambda: site.rows("SELECT * FROM run WHERE ended_at IS NOT NULL"), 30)
+        time.sleep(0.5)  # in which it could be overtaken
+
+    beacon.before["/uuid/start"] = when_it_has_ended
     site.shell("a", "", schedule="every 1 d", ping=beacon.url)
     quiet_wake(site)
     assert beacon.paths() == ["/uuid/start", "/uuid"]
-    (run,) = site.rows("SELECT ended_at - started_at AS seconds FROM run")
-    assert run["seconds"] < 0.9
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import trustme
+from smtp_server import free_ports
 
 PASSWORD = "opensesame7"
 ODD_USERS = ("anna möller", "anna b")
@@ -97,14 +98,6 @@ def missing():
     return ""
 
 
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 class MailServer:
     def __init__(self, folder, user):
         self.folder, self.user = folder, user
@@ -122,7 +115,7 @@ class MailServer:
                 stderr=said,
                 **(_rights_of(self.user) if os.geteuid() == 0 else {}),
             )
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while not self._answers():
             assert time.monotonic() < end, (self.folder / "said").read_text() + self.log()
             time.sleep(0.05)
@@ -153,14 +146,14 @@ class MailServer:
     def _answers(self):
         try:
             for port in self.ports.values():
-                socket.create_connection(("127.0.0.1", port), 1).close()
+                socket.create_connection(("127.0.0.1", port), 10).close()
         except OSError:
             return False
         return True
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(20)
+        self.process.wait(60)
 
     def log(self):
         log = self.folder / "log"

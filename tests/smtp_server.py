@@ -5,6 +5,7 @@ What it does can be set at any time, while it runs.
 
 import asyncio
 import contextlib
+import random
 import socket
 import ssl
 import tempfile
@@ -114,6 +115,7 @@ class MailSink:
         self.drop_after = 0  # mails after which it hangs up a connection
         context = server_context(name) if tls != "none" else None
         self._options = {
+            "ready_timeout": 60,
             "hostname": LOOPBACK,
             "port": 0,
             "server_hostname": "sink.test",
@@ -212,8 +214,19 @@ def silent_server():
         yield listening.getsockname()[1]
 
 
+def free_ports(count):
+    """Return ports where nobody listens, and of which the kernel gives none away meanwhile."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    below, chance = int(given.split()[0]), random.SystemRandom()
+    with contextlib.ExitStack() as stack:
+        found = []
+        while len(found) < count:
+            nobody = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                nobody.bind(("", chance.randrange(below // 2, below)))
+                found.append(nobody.getsockname()[1])
+        return found
+
+
 def free_port():
-    """Return a port where nobody listens."""
-    with socket.socket() as nobody:
-        nobody.bind((LOOPBACK, 0))
-        return nobody.getsockname()[1]
+    return free_ports(1)[0]

@@ -208,11 +208,11 @@ def test_the_task_runs_every_minute_by_itself(office, sink):
 
 def test_nothing_younger_than_outbox_delay_is_sent(office, sink):
     office.configure(sink.params(), "outbox_delay = 5 min")
-    young = office.put(mail(Subject="young"), age=290)
-    office.put(mail(Subject="old"), age=310)
+    young = office.put(mail(Subject="young"), age=200)
+    office.put(mail(Subject="old"), age=400)
     office.sent(1)
     assert subjects(sink) == ["old"]
-    office.set_age(young, 301)
+    office.set_age(young, 400)
     office.sent(1)
     assert subjects(sink) == ["old", "young"]
 
@@ -228,15 +228,18 @@ def test_at_most_maximum_are_sent_in_a_run(office, sink):
 
 
 def test_between_two_messages_it_looks_at_its_deadline(office, sink):
-    office.configure(sink.params(), "task.send_mail.deadline = 1 s")
-    sink.data_seconds = 0.4
+    office.configure(sink.params(), "task.send_mail.deadline = 1000 s")
+    ahead = office.site.movable_clock()
+    sink.data_answer = lambda *_: "" if len(sink.mails) < 2 else late()
+
+    def late():
+        ahead.write_text("1000")
+        return ""
+
     for _ in range(10):
         office.put(mail())
-    run = office.send()
-    assert run["outcome"] == "more"
-    assert 1 <= run["volume"] <= 4
-    assert run["ended_at"] - run["started_at"] < 3
-    assert len(office.left()) == 10 - run["volume"]
+    office.sent(3, outcome="more", message="")
+    assert len(office.left()) == 7
 
 
 def test_unfinished_files_folders_and_what_is_for_notify_command_are_left_alone(office, sink):
@@ -344,9 +347,9 @@ def test_the_gaps_between_the_tries_grow_from_5_minutes_to_4_hours_for_4_days(of
     path, gaps = office.put(mail(), "a"), []
     for number in (0, 1, 2, 4, 5, 6, 30):
         if number:
-            office.pass_time(gaps[-1] * 60 - 10)
+            office.pass_time(gaps[-1] * 60 - 100)
             office.has_nothing_to_send()  # not yet
-            office.pass_time(20, number=number)
+            office.pass_time(200, number=number)
         before = time.time()
         office.sent(0, message="1 not sent")
         assert office.known()["a"]["number"] == number + 1
@@ -502,12 +505,12 @@ def test_a_server_that_goes_away_in_the_middle_of_a_run_is_said(office):
 
 
 @pytest.mark.parametrize("when", ["greeting", "answer"])
-def test_a_server_that_hangs_is_left_after_a_while(office, when):
+def test_a_server_that_hangs_is_left_after_a_while(office, when, stalls):
     path = office.put(mail())
     with MailSink() as sink, silent_server() as port:
         params = server_params(sink, **({"smtp_port": port} if when == "greeting" else {}))
-        sink.data_seconds = 5
-        server, before = bgtasks.MailServer(params, 0.3), time.monotonic()
+        sink.data_seconds = 600
+        server, before = bgtasks.MailServer(params, 0.3), time.time()
         if when == "greeting":
             with pytest.raises(bgtasks.MailServerError, match=r"127.0.0.1:\d+: .*timed out; check"):
                 bgtasks.send_file(server, str(path), params)
@@ -516,7 +519,7 @@ def test_a_server_that_hangs_is_left_after_a_while(office, when):
             assert re.fullmatch(r"the connection broke \(.*timed out\)", refused[YOU][1])
             assert refused[YOU][0] == 421
         server.close()
-        assert time.monotonic() - before < 2
+        assert stalls.since(before) < 2
     assert path.exists()
 
 
@@ -1424,12 +1427,12 @@ def test_a_program_that_is_not_there_is_said(office, program):
     assert office.left() == ["a"]
 
 
-def test_a_program_that_hangs_is_ended_and_delays_that_mail_only(office, program):
+def test_a_program_that_hangs_is_ended_and_delays_that_mail_only(office, program, stalls):
     program("exec sleep 60")
     params = server_params(sendmail_path=str(office.site.folder / "mailer"))
-    server, before = bgtasks.MailServer(params, 0.3), time.monotonic()
+    server, before = bgtasks.MailServer(params, 0.3), time.time()
     assert server.send(read(mail())) == {YOU: (451, "took more than 0 s")}
-    assert time.monotonic() - before < 3
+    assert stalls.since(before) < 3
     server.close()
 
 

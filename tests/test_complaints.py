@@ -1090,6 +1090,7 @@ def test_seeds_25_an_automatic_kill_leaves_locks_behind(site):
     lock = site.folder / "lock"
     late = f"echo 1000 >>{site.movable_clock()}"
     body = f"trap 'rmdir {lock}; exit 1' TERM; mkdir {lock} || exit 9; {late}; sleep 60 & wait"
+    site.first += "bgtasks.GRACE_SECONDS = 600"
     note(site, "a", body, timeout=1000, retries=0)
     for _ in range(2):
         site.wake()

@@ -387,6 +387,7 @@ def test_a_timed_out_python_task_cleans_up(site):
     finally:
         print("clean")
     """
+    site.first += "bgtasks.GRACE_SECONDS = 600"
     python(site, body, timeout=1000)
     assert "clean" in site.log("a")
     assert site.last("a")["outcome"] == "timed_out"

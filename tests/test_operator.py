@@ -443,6 +443,7 @@ def test_kill_ends_a_run_and_says_who_did(site):
     finally:
         time.sleep(0.5)  # it cleans up, and is waited for
     """
+    site.first = "bgtasks.GRACE_SECONDS = 600"
     site.python("a", body, schedule="every 1 d", retries=3)
     runner = site.start("--cron_max_execution_time=600")
     wait_for(site.ledger.exists)
@@ -459,6 +460,7 @@ def test_kill_ends_a_run_and_says_who_did(site):
 
 
 def test_kill_ends_a_run_whose_keeper_is_gone(site):
+    site.first = "bgtasks.GRACE_SECONDS = 2"
     site.shell("a", f"trap '' TERM; touch {site.ledger}; exec sleep 60", schedule="manual")
     process = subprocess.Popen(site.command("run", "a"))
     wait_for(site.ledger.exists)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM, FakeClock, Site, somebody_else, wait_for
+from conftest import PROGRAM, FakeClock, Site, far_away, somebody_else, wait_for
 
 import bgtasks
 
@@ -54,7 +54,7 @@ def outcomes(site, task):
 
 def test_new_tasks_with_every_are_due_at_once_and_fixed_times_are_not(site):
     note(site, "every")
-    note(site, "daily", schedule="daily 03:30")
+    note(site, "daily", schedule=far_away())
     note(site, "manual", schedule="manual")
     note(site, "off", enabled=False)
     done = site.wake()
@@ -166,7 +166,7 @@ def test_after_an_interruption_a_task_waits_or_runs_again(site, choice, runs):
 
 
 def test_a_changed_schedule_takes_effect_at_the_next_look(site):
-    note(site, "a", schedule="daily 03:30")
+    note(site, "a", schedule=far_away())
     site.wake()
     note(site, "a", schedule="every 1 h")
     site.wake()
@@ -367,6 +367,7 @@ def test_told_twice_it_waits_no_longer(site):
 def test_a_task_that_ends_well_when_asked_is_done(site):
     body = f"trap 'exit 0' TERM; echo a >>{site.ledger}; while :; do sleep 0.1; done"
     site.shell("a", body, schedule="every 1 d")
+    site.first = "bgtasks.GRACE_SECONDS = 600"
     stop(begin(site))
     assert outcomes(site, "a") == ["done"]
 
@@ -543,7 +544,7 @@ def test_the_clock_set_back_an_hour_brings_no_silence_and_no_repetition(site):
 
 def test_the_clock_set_a_week_ahead_brings_no_burst(site):
     note(site, "often", schedule="every 2 s")
-    note(site, "daily", schedule="daily 03:30")
+    note(site, "daily", schedule=far_away())
     runner, set_clock = runner_with_a_clock(site, "--cron_max_execution_time=600")
     wait_for(lambda: "often" in noted(site))
     before, began = noted(site).count("often"), time.monotonic()

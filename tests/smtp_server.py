@@ -109,7 +109,7 @@ class MailSink:
         self.sender_answer = ""  # to MAIL FROM, "451 later"; or a function of the address
         self.answers = {}  # to RCPT TO: recipient -> "550 no such user"
         self.data_answer = ""  # to the end of DATA; or a function of (mail_from, rcpt_tos, content)
-        self.data_seconds = 0.0
+        self.data_seconds = 0.0  # before it answers to the end of DATA; or a function
         self.drops_in_data = 0  # how many times it hangs up in the middle of DATA
         self.drops_unanswered = 0  # how many mails it takes and hangs up before it says so
         self.drop_after = 0  # mails after which it hangs up a connection
@@ -192,7 +192,7 @@ class MailSink:
 
     async def handle_DATA(self, server, session, envelope):  # noqa: N802 - its name
         mail = (envelope.mail_from, tuple(envelope.rcpt_tos), bytes(envelope.content))
-        await asyncio.sleep(self.data_seconds)
+        await asyncio.sleep(_answer(self.data_seconds))
         answer = _answer(self.data_answer, *mail)
         if answer:
             return answer

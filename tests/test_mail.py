@@ -630,14 +630,15 @@ def group_of_the_task(runner):
 def test_many_mails_with_a_sender_that_is_killed_again_and_again_all_arrive_once(office, sink):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    chance, kills = random.Random(seed), 0
-    sink.data_seconds = 0.003
+    chance, kills, slow_after = random.Random(seed), 0, 0
+    sink.data_seconds = lambda: 0.003 if len(sink.mails) <= slow_after else 0.5
     for content in messages(MESSAGES):
         office.put(content)
     while kills < KILLS:
-        assert office.left(), f"all were sent before it was killed {KILLS} times"
-        before = len(sink.mails)
-        until = before + chance.randrange(2 * (MESSAGES - before) // (KILLS - kills + 1) + 1)
+        left, before = len(office.left()), len(sink.mails)
+        assert left, f"all were sent before it was killed {KILLS} times"
+        until = before + chance.randrange(min(2 * left // (KILLS - kills + 1), left // 2) + 1)
+        slow_after = min(until + 2, before + left - 2)  # so that whoever kills comes in time
         runner = office.site.start("run", "send_mail", "--force")
         group = wait_for(lambda runner=runner: group_of_the_task(runner))
         while len(sink.mails) < until and group_of_the_task(runner):
@@ -648,6 +649,7 @@ def test_many_mails_with_a_sender_that_is_killed_again_and_again_all_arrive_once
         except ProcessLookupError:
             pass
         kills += runner.wait() == 128 + 9
+    slow_after = MESSAGES + kills
     office.sent(len(office.left()))
     assert office.left() == []
     assert office.given_up() == {}

@@ -101,7 +101,7 @@ def test_always_runs_once_in_every_wake_up(site):
     site.wake()
     note(site, "b", schedule="every 1 s")
     runner = site.start("--cron_max_execution_time=600", "--cron_sleep=1")
-    wait_for(lambda: noted(site).count("b") == 3)
+    wait_for(lambda: noted(site).count("b") >= 3)
     stop(runner)
     assert noted(site).count("a") == 2
 

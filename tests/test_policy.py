@@ -517,6 +517,18 @@ class SimulatedRunner(bgtasks.Runner):
         return ended
 
 
+def test_a_task_due_while_a_runner_waits_starts_on_time(place):
+    works(place, schedule="every 7 s")
+    settings = place.settings(cron_max_execution_time="60", cron_sleep="60")
+    runner = SimulatedRunner(settings, place.store, SimulatedClock(), "cli", place.tell)
+    runner.draw = lambda _: (0.5, 0)
+    runner.wake_up()
+    runs = [
+        (run["slot"] - START, run["started_at"] - START) for run in place.store.history("a", 99)
+    ]
+    assert runs == [(seconds, seconds) for seconds in range(56, -1, -7)]
+
+
 def simulate(place, budget, interval, days, chance):
     """Return figures of so many days of wake-ups, each of ``budget`` seconds."""
     clock, store = SimulatedClock(), place.store

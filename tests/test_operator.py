@@ -490,7 +490,8 @@ def test_clear_acknowledges_and_ends_the_back_off(site):
 
 def test_follow_shows_a_run_until_it_ends(site):
     go = site.folder / "go"
-    site.shell("a", f"echo one; while [ ! -e {go} ]; do sleep 0.1; done; echo two; sleep 0.3")
+    wait = f"while [ ! -e {go} ]; do sleep 0.1; done"
+    site.shell("a", f"echo one; {wait}; echo two; {site.hold}")
     runner = site.start("--cron_max_execution_time=0")
     wait_for(lambda: list(site.folder.glob("state/runs/*.keeper")))
     process = subprocess.Popen(
@@ -498,7 +499,10 @@ def test_follow_shows_a_run_until_it_ends(site):
     )
     assert process.stdout.readline() == "one\n"
     go.write_text("")
-    assert process.communicate(timeout=60)[0] == "two\n"
+    assert process.stdout.readline() == "two\n"
+    assert process.poll() is None
+    site.release()
+    assert process.communicate(timeout=60)[0] == ""
     assert runner.wait(timeout=60) == 0
     assert site.run("log", "a", "--follow").stdout == "one\ntwo\n"
 

@@ -5433,7 +5433,9 @@ def log_command(call: Invocation) -> int:
             return print_json({**run_row(run), "output": output})
         if not running or "follow" not in call.flags:
             return _print_output(output)
-        shown, over = Follower(live, call.settings.secrets), False
+        path = live + ".out"
+        kept = os.open(path, os.O_RDONLY) if os.path.exists(path) else -1  # it goes with the run
+        shown, over = Follower(f"/dev/fd/{kept}", call.settings.secrets), False
         while not over:
             over = read_end(run, live, (), int) is not None
             shown.print_new(last=over)
@@ -5444,8 +5446,8 @@ def log_command(call: Invocation) -> int:
 class Follower:
     """Prints what a run has printed since the last call; whole lines, as secrets must be whole."""
 
-    def __init__(self, live: str, secrets: Iterable[str]) -> None:
-        self._path, self._secrets, self._at = live + ".out", secrets, 0
+    def __init__(self, path: str, secrets: Iterable[str]) -> None:
+        self._path, self._secrets, self._at = path, secrets, 0
 
     def print_new(self, *, last: bool) -> None:
         try:
@@ -5474,7 +5476,7 @@ def run_command(call: Invocation) -> int:
     def tell(kind: str, facts: Mapping[str, Any]) -> None:
         for run in facts["runs"] if kind == "progress" else ():
             if run.live not in followers:
-                followers[run.live] = Follower(run.live, settings.secrets)
+                followers[run.live] = Follower(run.live + ".out", settings.secrets)
             followers[run.live].print_new(last="ended" in facts)
 
     with closing(open_for_work(settings, clock)) as store:

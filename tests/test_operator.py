@@ -507,6 +507,19 @@ def test_follow_shows_a_run_until_it_ends(site):
     assert site.run("log", "a", "--follow").stdout == "one\ntwo\n"
 
 
+def test_follow_shows_what_a_run_printed_last_though_its_output_was_removed(site):
+    site.shell("a", f"echo one; {site.hold}; echo two")
+    runner = site.start("--cron_max_execution_time=0")
+    wait_for(lambda: list(site.folder.glob("state/runs/*.keeper")))
+    site.first = "bgtasks.Clock.wait = lambda *_: bgtasks.time.sleep(2)"  # it looks more rarely
+    command = site.command("log", "a", "--follow")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "one\n"
+    site.release()
+    assert runner.wait(timeout=60) == 0
+    assert process.communicate(timeout=60)[0] == "two\n"
+
+
 # -- new and install
 
 

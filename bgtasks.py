@@ -389,6 +389,15 @@ def read_news(text: str) -> tuple[str, ...]:
     return read_names(text)
 
 
+def read_token(text: str) -> str:
+    if len(read_plain(text)) < 32:
+        raise ValueError(
+            "must have at least 32 characters; python3 -c 'import secrets; "
+            "print(secrets.token_urlsafe(32))' makes one"
+        )
+    return text
+
+
 def read_security(text: str) -> str:
     if text not in SMTP_PORTS:
         raise ValueError("must be starttls, tls or none")
@@ -469,6 +478,12 @@ OPTIONS = (
     Option("smtp_pwd", read_plain, "", "its password"),
     Option("smtp_ca_file", read_path, "", "certificates to trust instead of the machine's"),
     Option("sendmail_path", read_path, "/usr/sbin/sendmail", "program that sends a mail"),
+    Option("web_token", read_token, "", "secret of at least 32 characters that wakes by the web"),
+    Option("web_allow_get", read_boolean, "0", "1: GET /wake/TOKEN wakes too"),
+    Option("web_pixel", read_boolean, "0", "1: the image pixel.gif wakes, without a token"),
+    Option("web_interval", read_duration, "300", "how often it does at most"),
+    Option("web_inline", read_boolean, "0", "1: a wake-up ends within its web request"),
+    Option("web_max_execution_time", read_number(1, 3600), "20", "seconds that such a one stays"),
     Option("task", read_names, "", "start only these tasks, comma-separated", flag_only=True),
     Option("exclude_task", read_names, "", "do not start these tasks", flag_only=True),
     Option("group", read_names, "", "start only tasks of these groups", flag_only=True),
@@ -1960,6 +1975,17 @@ class Store:
                 self.note_event(finished["task"], "bgtasks", values["now"], what)
             return finished
 
+    def runs_since(self, moment: float, count: int) -> list[Row]:
+        """Return the newest runs that were at work after a moment, without what they printed."""
+        return self.rows(
+            """
+            SELECT id, task, started_at, ended_at, outcome FROM
+                (SELECT * FROM run ORDER BY id DESC LIMIT ?)
+            WHERE ended_at IS NULL OR ended_at >= ? ORDER BY id
+            """,
+            (count, moment),
+        )
+
     def open_runs(self) -> list[Row]:
         return self.rows("SELECT * FROM run WHERE ended_at IS NULL")
 
@@ -3219,6 +3245,41 @@ def pause(store: Store, name: str, by: str, now: float, until: float | None, not
     with store:
         store.change(name, paused_at=now, paused_by=by, paused_until=until, paused_note=note)
         store.note_event(name, by, now, joined("paused", note))
+
+
+def ask_to_end(settings: Settings, store: Store, name: str, by: str, now: float) -> Row | None:
+    """Tell the keeper of a task's run to end it; return the run, None if none is at work."""
+    row = next((row for row in store.open_runs() if row["task"] == name), None)
+    live = os.path.join(settings.state_dir, "runs", row["live"]) if row else ""
+    if not row or read_end(row, live, (), int) is not None:
+        return None
+    note(append_to(live + ".keeper"), killed=by)
+    tell_keeper(live, signal.SIGTERM)
+    store.note_event(name, by, now, f"killed run {row['id']}")
+    return row
+
+
+def tell_keeper(live: str, number: int) -> bool:
+    """Send a signal to the keeper of a run; return whether it lives."""
+    keeper, noted = read_notes(live).get("keeper", [0, ""])
+    lives = bool(noted) and identity(keeper) == noted
+    if lives:
+        signal_process(keeper, number)
+    return lives
+
+
+def request(store: Store, name: str, by: str, now: float) -> None:
+    """Let the next look of a runner start a task."""
+    with store:
+        store.change(name, extra_at=now, extra_trigger="request")
+        store.note_event(name, by, now, "requested")
+
+
+def clear(store: Store, name: str, by: str, now: float) -> None:
+    """Note that somebody has seen what went wrong with a task; it ends the back-off."""
+    with store:
+        forgive(store, name, now)
+        store.note_event(name, by, now, "cleared")
 
 
 def resume(store: Store, name: str, by: str, now: float) -> None:
@@ -5203,8 +5264,10 @@ FREE_LOGINS = 3  # wrong ones that are answered at once
 MOST_LOGIN_SECONDS = 10.0
 
 
-def open_for_work(settings: Settings, clock: Clock) -> Store:
-    """Open the store for a process that may start tasks, after all that must be refused."""
+def open_for_work(settings: Settings, clock: Clock, *, trusted: bool = False) -> Store:
+    """Open the store for a process that may start tasks, after all that must be refused.
+
+    ``trusted``: it has shown already that it may, by other means than a login."""
     if os.environ.get("BGTASKS_RUN"):
         raise BusyError("a task cannot wake bgtasks, nor run a task; give it a schedule instead")
     refuse_wrong_user(settings.state_dir)
@@ -5217,7 +5280,8 @@ def open_for_work(settings: Settings, clock: Clock) -> Store:
         store.check_integrity()
         store.put("fact", {"name": "boot", "value": boot}, "name")
     try:
-        require_admin(settings, store, clock)
+        if not trusted:
+            require_admin(settings, store, clock)
     except BaseException:
         store.close()
         raise
@@ -5517,13 +5581,10 @@ def kill_command(call: Invocation) -> int:
     by = user_name(os.geteuid())
     with closing(open_for_work(settings, clock)) as store:
         _task_named(call, store, name)
-        row = next((row for row in store.open_runs() if row["task"] == name), None)
-        live = os.path.join(settings.state_dir, "runs", row["live"]) if row else ""
-        if not row or read_end(row, live, (), int) is not None:
+        row = ask_to_end(settings, store, name, by, clock.now())
+        if not row:
             raise NoTaskError(f"{name}: is not running; see status")
-        note(append_to(live + ".keeper"), killed=by)
-        _end_run(row, live, clock)
-        store.note_event(name, by, clock.now(), f"killed run {row['id']}")
+        _end_run(row, os.path.join(settings.state_dir, "runs", row["live"]), clock)
         notifier = Notifier(settings, store, clock)
         Runner(settings, store, clock, "hand", notifier.tell).settle()
         notifier.close()
@@ -5605,16 +5666,11 @@ def lint_command(call: Invocation) -> int:
 
 
 def _end_run(row: Row, live: str, clock: Clock) -> None:
-    """Tell the keeper of a run to end it, or end it in its place; wait until it is over."""
-    notes, until = read_notes(live), clock.monotonic() + GRACE_SECONDS + 5
-    keeper, noted = notes.get("keeper", [0, ""])
-    asked = False
+    """Wait until a run is over whose keeper was told to end it, or end it in its place."""
+    until = clock.monotonic() + GRACE_SECONDS + 5
     while read_end(row, live, (), int) is None and clock.monotonic() < until:
-        if not noted or identity(keeper) != noted:
-            clear_group(notes.get("group", [0])[0], GRACE_SECONDS, clock)
-        elif not asked:
-            signal_process(keeper, signal.SIGTERM)
-            asked = True
+        if not tell_keeper(live, 0):
+            clear_group(read_notes(live).get("group", [0])[0], GRACE_SECONDS, clock)
         clock.wait(0.05)
 
 
@@ -5753,24 +5809,10 @@ def _mail_from_stdin(words: Sequence[str], settings: Settings) -> bytes:
 
 
 def request_command(call: Invocation) -> int:
-    now = call.clock.now()
-
-    def request(store: Store, name: str, by: str) -> None:
-        with store:
-            store.change(name, extra_at=now, extra_trigger="request")
-            store.note_event(name, by, now, "requested")
-
     return _for_tasks(call, request)
 
 
 def clear_command(call: Invocation) -> int:
-    now = call.clock.now()
-
-    def clear(store: Store, name: str, by: str) -> None:
-        with store:
-            forgive(store, name, now)
-            store.note_event(name, by, now, "cleared")
-
     return _for_tasks(call, clear)
 
 
@@ -5902,15 +5944,14 @@ def pause_command(call: Invocation) -> int:
     now, note, until = call.clock.now(), shortened(call.flags.get("note", ""), 200), None
     if "for" in call.flags:
         until = now + float(_usage("--for", lambda: read_duration(call.flags["for"])))
-    return _for_tasks(call, lambda store, name, by: pause(store, name, by, now, until, note))
+    return _for_tasks(call, lambda store, name, by, at: pause(store, name, by, at, until, note))
 
 
 def resume_command(call: Invocation) -> int:
-    now = call.clock.now()
-    return _for_tasks(call, lambda store, name, by: resume(store, name, by, now))
+    return _for_tasks(call, resume)
 
 
-def _for_tasks(call: Invocation, do: Callable[[Store, str, str], None]) -> int:
+def _for_tasks(call: Invocation, do: Callable[[Store, str, str, float], None]) -> int:
     """Do something to the one task that was named, or to all of them."""
     if bool(call.words) == ("all" in call.flags):
         raise UsageError(f"{call.command} needs one TASK, or --all; see --help")
@@ -5921,7 +5962,7 @@ def _for_tasks(call: Invocation, do: Callable[[Store, str, str], None]) -> int:
         if call.words:
             names = [_task_named(call, store, call.word("TASK"))["name"]]
         for name in names:
-            do(store, name, user_name(os.geteuid()))
+            do(store, name, user_name(os.geteuid()), call.clock.now())
     return EXIT_OK
 
 

@@ -78,6 +78,8 @@ def test_booleans(tmp_path, text):
         ("notify_command = sh -c 'echo", ["words as a shell does", "No closing quotation"]),
         ("smtp_security = ssl", ["starttls, tls or none"]),
         ("smtp_port = 65536", ["0 to 65535"]),
+        ("web_token = " + "x" * 31, ["at least 32 characters", "secrets.token_urlsafe"]),
+        ("web_max_execution_time = 0", ["1 to 3600"]),
         ("verbose = maybe", ["1, 0, true"]),
         ("tasks_dir = ~/tasks", ["written out"]),
         ("node = a\tb", ["one line"]),

@@ -340,6 +340,19 @@ def test_impossible_runs_are_refused(store, values):
         )
 
 
+def test_runs_since_a_moment_are_those_that_were_at_work_after_it_but_not_too_many(store):
+    columns = "task, steps, planned_at, started_at, deadline_at, trigger, node, live"
+    for number, ended, outcome in ((1, 5, "done"), (2, 9, "failed"), (3, None, "running")):
+        store.execute(
+            f"INSERT INTO run ({columns}, ended_at, outcome)"
+            " VALUES ('a', 0, ?1, ?1, 99, 'cli', 'here', ?1, ?2, ?3)",
+            (number, ended, outcome),
+        )
+    assert [run["started_at"] for run in store.runs_since(9, 10)] == [2, 3]
+    assert [run["started_at"] for run in store.runs_since(0, 2)] == [2, 3]
+    assert "output" not in store.runs_since(0, 1)[0]
+
+
 def test_a_task_is_paused_by_somebody_and_an_extra_start_has_a_trigger(store):
     add(store, "a")
     for change in ("paused_at = 1", "extra_at = 1"):

@@ -72,7 +72,8 @@ _bgtasks_offer_values() {
         --language) _bgtasks_offer python sh perl php ruby toml ;;
         --task | --exclude_task) _bgtasks_offer $(_bgtasks_ask name "${ask[@]}") ;;
         --group | --exclude_group) _bgtasks_offer $(_bgtasks_ask group "${ask[@]}") ;;
-        --verbose | --status_only | --dry_run | --strict | --email_asynchronous)
+        --verbose | --status_only | --dry_run | --strict | --email_asynchronous | --web_allow_get \
+            | --web_pixel | --web_inline)
             _bgtasks_offer 0 1
             ;;
         --smtp_security) _bgtasks_offer starttls tls none ;;
@@ -94,6 +95,8 @@ _bgtasks() {
         --notify_email= --notify_on= --notify_after= --notify_command= --email_asynchronous
         --outbox= --outbox_delay= --mail_from= --smtp_host= --smtp_port= --smtp_security=
         --smtp_user= --smtp_pwd= --smtp_ca_file= --sendmail_path=
+        --web_token= --web_allow_get --web_pixel --web_interval= --web_inline
+        --web_max_execution_time=
         --task= --exclude_task= --group= --exclude_group="
     local with_value=" --at --count --for --from --language --note --timezone "
     local own= takes= before= typed= command= waiting= glue= i part

@@ -33,13 +33,12 @@ import bgtasks
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
-PROGRAM = bgtasks.__file__
+PROGRAM, VERSION = bgtasks.__file__, bgtasks.__version__
 MOST_BODY, MOST_QUERY, MOST_COOKIE = 4096, 1024, 8192  # other applications leave cookies too
-SESSION_SECONDS = 12 * 3600
-FREE_GUESSES, MOST_WAIT = 5, 900.0
+SESSION_SECONDS, FREE_GUESSES, MOST_WAIT = 12 * 3600, 5, 900.0
 SHORTEST_INTERVAL = 20.0  # seconds between two wake-ups
 RANGES = {"6h": 6, "1d": 24, "3d": 72, "7d": 168}  # hours shown before now, and after
-MOST_DRAWN = 3000
+MOST_DRAWN, MOST_SLOTS = 3000, 60
 GOOD = ("done", "nothing", "more", "running")
 ACTIONS = {"request": "requested", "pause": "paused", "resume": "resumed", "clear": "cleared"}
 ALWAYS = {
@@ -59,7 +58,7 @@ class Answer(Exception):  # noqa: N818 - any answer may be raised, not only erro
 
     def __init__(self, status: str, body: bytes = b"", kind: str = "", **headers: str) -> None:
         super().__init__(status)
-        self.status, self.body, self.kind = status, body, kind or "text/plain; charset=utf-8"
+        self.status, self.body, self.kind = status, body, kind or "text/html; charset=utf-8"
         self.headers = {key.replace("_", "-"): value for key, value in headers.items()}
 
 
@@ -82,20 +81,21 @@ class Request(NamedTuple):
     secure: bool
 
 
+def _text(environ: Mapping[str, Any], key: str) -> str:
+    """Return as text what WSGI hands over byte by byte; what is no UTF-8 is replaced."""
+    return str(environ.get(key, "")).encode("latin-1", "replace").decode("utf-8", "replace")
+
+
 def read_request(environ: Mapping[str, Any]) -> Request:
     """Return what was asked for. Raises Answer where it is beyond all limits."""
-    method, path = str(environ.get("REQUEST_METHOD", "")), str(environ.get("PATH_INFO", ""))
-    query = str(environ.get("QUERY_STRING", ""))
-    headers = {key: str(environ.get(f"HTTP_{key}", "")) for key in ("AUTHORIZATION", "COOKIE")}
+    method, path = _text(environ, "REQUEST_METHOD"), _text(environ, "PATH_INFO")
+    query, address = _text(environ, "QUERY_STRING"), _text(environ, "REMOTE_ADDR")[:64]
+    headers = {key: _text(environ, f"HTTP_{key}") for key in ("AUTHORIZATION", "COOKIE")}
     if max(len(path), len(query)) > MOST_QUERY or len(headers["COOKIE"]) > MOST_COOKIE:
         raise said("431 Request Header Fields Too Large")
-    text = path.encode("latin-1", "replace").decode("utf-8", "replace")
-    parts = tuple(part for part in text.split("/") if part)
-    address, secure = (
-        str(environ.get("REMOTE_ADDR", ""))[:64],
-        environ["wsgi.url_scheme"] == "https",
-    )
-    base = quote(str(environ.get("SCRIPT_NAME", "")).rstrip("/"))
+    parts = tuple(part for part in path.split("/") if part)
+    base = quote("/" + _text(environ, "SCRIPT_NAME").strip("/")).rstrip("/")  # never //host
+    secure = environ["wsgi.url_scheme"] == "https"
     body = _body(environ).decode("utf-8", "replace") if method == "POST" else ""
     with said_if_bad("fields"):
         return Request(method, parts, _pairs(query), _pairs(body), headers, address, base, secure)
@@ -159,11 +159,9 @@ def forget_guesses(site: Site, address: str) -> None:
 
 def has_token(site: Site, given: str) -> bool:
     """Tell if a token is ours, in a time that does not depend on what is wrong with it."""
-    ours, theirs = (
-        hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        for text in (site.settings.web_token, given)
-    )
-    return hmac.compare_digest(ours, theirs) and bool(site.settings.web_token)
+    token = site.settings.web_token
+    ours, theirs = (hashlib.sha256(text.encode()).digest() for text in (token, given))
+    return hmac.compare_digest(ours, theirs) and bool(token)
 
 
 def has_password(site: Site, address: str, login: str, password: str) -> bool:
@@ -171,7 +169,8 @@ def has_password(site: Site, address: str, login: str, password: str) -> bool:
     admins = site.store.admins()
     known = admins.get(login) or f"scrypt${bgtasks.SCRYPT}${'00' * 16}${'00' * 64}"
     _, n, r, p, salt, _ = known.split("$")
-    with open(os.path.join(site.settings.state_dir, "locks", "login.lock"), "a") as lock:
+    path = os.path.join(site.settings.state_dir, "locks", "login.lock")
+    with open(bgtasks.append_to(path), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time: each takes 16 MiB
         found = bgtasks.hashed(password, salt, f"{n}${r}${p}")
     if hmac.compare_digest(found, known) and login in admins:
@@ -196,8 +195,9 @@ def signed(site: Site, text: str) -> str:
     """Return a signature by a key that is made once and kept in the state."""
     key = site.store.fact("web_secret")
     if not key:
-        site.store.put("fact", {"name": "web_secret", "value": secrets.token_hex(32)}, "name")
-        key = site.store.fact("web_secret")
+        with site.store:  # of two that make one at once, the second takes that of the first
+            key = site.store.fact("web_secret") or secrets.token_hex(32)
+            site.store.put("fact", {"name": "web_secret", "value": key}, "name")
     return hmac.new(bytes.fromhex(key), text.encode("utf-8", "replace"), "sha256").hexdigest()
 
 
@@ -205,12 +205,12 @@ def session(site: Site, request: Request) -> tuple[str, str] | None:
     """Return the login of a session and its CSRF token, None without a valid session."""
     cookies = [part.strip() for part in request.headers["COOKIE"].split(";")]
     ours = next((part[8:] for part in cookies if part.startswith("bgtasks=")), "")
-    text, _, signature = ours.rpartition(".")
-    if not text or not hmac.compare_digest(signed(site, text).encode(), signature.encode()):
-        return None
-    login, until, _ = text.split(".")
-    name = bytes.fromhex(login).decode()
-    if int(until) < site.clock.now() or name not in site.store.admins():
+    found = re.fullmatch(r"(((?:[0-9a-f]{2})+)\.([0-9]{1,12})\.[0-9a-f]{16})\.([0-9a-f]{64})", ours)
+    text, login, until, signature = found.groups() if found else ("", "", "0", "")
+    name = bytes.fromhex(login).decode("utf-8", "replace")
+    known = site.store.admins().get(name, "")  # a new password ends the sessions of the old one
+    right = hmac.compare_digest(signed(site, f"{text} {known}"), signature)
+    if not (right and known and int(until) >= site.clock.now()):
         return None
     return name, signed(site, f"csrf {text}")
 
@@ -221,29 +221,28 @@ def session(site: Site, request: Request) -> tuple[str, str] | None:
 def wake(site: Site, every: float = SHORTEST_INTERVAL) -> Answer:
     """Start a runner in a session of its own, unless one is at work or was within ``every`` s.
 
-    It inherits the lock that says so, and an order that nobody else can sign."""
+    Its stdin is the lock that says so; it gets an order that nobody else can sign."""
     path = os.path.join(site.settings.state_dir, "locks", "web.lock")
     lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     with open(lock, "w"):
-        woken, now = os.fstat(lock), site.clock.now()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return said("202 Accepted", {"started": False, "reason": "a runner is at work"})
+        woken, now = os.fstat(lock), site.clock.now()
         if woken.st_size and 0 <= now - woken.st_mtime < every:
             return said("202 Accepted", {"started": False, "reason": "a runner was here just now"})
-        os.pwrite(lock, b"woken\n", 0)
-        order, none = f"{now:.0f}", subprocess.DEVNULL
-        command = [_python(), os.path.realpath(__file__), f"--wake={order}.{signed(site, order)}"]
-        command += [f"--{key}={value}" for key, value in site.arguments.items()]
-        runner = subprocess.Popen(
-            command, stdin=none, stdout=none, stderr=none, start_new_session=True, pass_fds=[lock]
-        )
+        order, out = f"{now:.0f}", subprocess.DEVNULL
+        argv = [_python(), os.path.realpath(__file__), f"--wake={order}.{signed(site, order)}"]
+        argv += [f"--{key}={value}" for key, value in site.arguments.items()]
+        runner = subprocess.Popen(argv, stdin=lock, stdout=out, stderr=out, start_new_session=True)
+        os.pwrite(lock, b"woken\n", 0)  # only now: one that could not start keeps nobody waiting
     if site.settings.web_inline:
         with suppress(subprocess.TimeoutExpired):  # a task that overruns goes on by itself
             runner.wait(site.settings.web_max_execution_time + 5)
     # who waits for it, so that it is no zombie; under CGI it outlives us, and init does
-    threading.Thread(target=runner.wait, daemon=True).start()
+    with suppress(RuntimeError):  # without a thread the next Popen sees to it
+        threading.Thread(target=runner.wait, daemon=True).start()
     return said("202 Accepted", {"started": True})
 
 
@@ -254,8 +253,17 @@ def _python() -> str:
     return os.path.join(sys.exec_prefix, "bin", "python3")
 
 
+class WokenRunner(bgtasks.Runner):
+    """A runner that gives back the lock on its stdin before it waits for what overran."""
+
+    def _drain(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        super()._drain()
+
+
 def run_ordered(order: str, arguments: Mapping[str, str]) -> int:
     """Be the runner, if the order was signed within the last minute."""
+    os.umask(0o077)
     settings, clock = bgtasks.read_settings(arguments, PROGRAM), bgtasks.Clock()
     made, _, signature = order.partition(".")
     with closing(bgtasks.Store(os.path.join(settings.state_dir, "bgtasks.db"))) as store:
@@ -267,7 +275,7 @@ def run_ordered(order: str, arguments: Mapping[str, str]) -> int:
         settings = settings._replace(values={**settings.values, **seconds})
     with closing(bgtasks.open_for_work(settings, clock, trusted=True)) as store:
         notifier = bgtasks.Notifier(settings, store, clock)
-        bgtasks.Runner(settings, store, clock, "web", notifier.tell).wake_up()
+        WokenRunner(settings, store, clock, "web", notifier.tell).wake_up()
         notifier.close()
     return 0
 
@@ -288,8 +296,7 @@ def act(site: Site, name: str, action: str, by: str, form: Mapping[str, str]) ->
         if not bgtasks.ask_to_end(site.settings, store, name, by, now):
             raise said("409 Conflict", {"error": "it is not running"})
     else:
-        simple = {"resume": bgtasks.resume, "request": bgtasks.request, "clear": bgtasks.clear}
-        simple[action](store, name, by, now)
+        getattr(bgtasks, action)(store, name, by, now)
     return ACTIONS.get(action, "told to end")
 
 
@@ -300,13 +307,11 @@ def api(site: Site, request: Request) -> Answer:
     if request.method == "POST" and len(parts) == 2:
         done = act(site, *parts, "web token", request.form)
         return said("200 OK", {"task": parts[0], "done": done})
-    if request.method != "GET":
-        raise said("404 Not Found")
-    if parts == ("status",):
+    if request.method == "GET" and parts == ("status",):
         return said("200 OK", bgtasks.status(site.settings, site.store, site.clock))
-    if parts == ("history",):
+    if request.method == "GET" and parts == ("history",):
         count = request.query.get("count", "20")
-        if not (count.isascii() and count.isdigit() and 0 < int(count[:6]) <= 10_000):
+        if not (count.isascii() and count.isdigit() and 0 < int(count) <= 10_000):
             raise said("400 Bad Request", {"error": "count: 1 to 10000"})
         runs = site.store.history(request.query.get("task"), int(count))
         return said("200 OK", [bgtasks.run_row(run) for run in runs])
@@ -322,57 +327,68 @@ def h(value: object) -> str:
 
 
 STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#57606a;--line:#d0d7de;--card:#f6f8fa}
-:root{--good:#1a7f37;--bad:#cf222e;--warn:#8a5300;--link:#0550ae;--more:#6639ba}
+:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#57606a;--line:#d0d7de;--card:#f6f8fa;
+--good:#1a7f37;--bad:#cf222e;--warn:#8a5300;--link:#0550ae;--more:#6639ba}
 @media(prefers-color-scheme:dark){:root{--bg:#0d1117;--fg:#e6edf3;--dim:#9da7b3;--line:#3d444d;
 --card:#161b22;--good:#3fb950;--bad:#ff7b72;--warn:#d29922;--link:#79b8ff;--more:#bc8cff}}*{
-box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg)}body{
-font:16px/1.45 system-ui,sans-serif}header,main,footer{max-width:75rem;margin:auto;padding:1rem}
-header{display:flex;gap:1rem;align-items:baseline;flex-wrap:wrap}h1{font-size:1.25rem;margin:0}h2{
-font-size:1.05rem;margin:1.5rem 0 .5rem}a{color:var(--link)}.dim,footer{color:var(--dim)}.bad{
-color:var(--bad)}.warn{color:var(--warn)}.good{color:var(--good)}.scroll{overflow-x:auto}table{
-border-collapse:collapse;width:100%}th,td{padding:.3rem .6rem;text-align:left}th,td{
-border-bottom:1px solid var(--line);vertical-align:top}th{color:var(--dim);font-weight:600}.find{
-list-style:none;padding:0}.find li{padding:.4rem .6rem;margin:.3rem 0;background:var(--card)}
-.find li{border-left:4px solid var(--warn)}.find .l2{border-color:var(--bad)}progress{width:8rem}
+box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,
+sans-serif}header,main,footer{max-width:75rem;margin:auto;padding:.7rem 1rem}header{display:flex;
+gap:.5rem 1rem;align-items:center;flex-wrap:wrap;border-bottom:1px solid var(--line)}h1{font-size:
+1.25rem;margin:0}h2{font-size:1.05rem;margin:1.4rem 0 .4rem}p,ul{margin:.4rem 0}a{color:var(--link)}
+.dim,.find span,footer,::placeholder{color:var(--dim);opacity:1}.bad{color:var(--bad)}.warn{color:
+var(--warn)}.good{color:var(--good)}.scroll{overflow-x:auto}table{border-collapse:collapse;width:
+100%}th,td{padding:.25rem .6rem .25rem 0;text-align:left;border-bottom:1px solid var(--line);
+vertical-align:top;white-space:nowrap}td:last-child{white-space:normal;min-width:12rem}th{color:
+var(--dim);font-weight:600}.find{list-style:none;padding:0}.find li{padding:.3rem .6rem;margin:
+.3rem 0;background:var(--card);border-left:4px solid var(--warn)}.find .l2{border-color:var(--bad)}
 pre{background:var(--card);padding:.75rem;overflow:auto;max-height:32rem;white-space:pre-wrap;
-overflow-wrap:anywhere}button,input{font:inherit;padding:.35rem .7rem;border:1px solid var(--dim);
-border-radius:.3rem;background:var(--card);color:var(--fg)}form{display:inline}:focus-visible{
-outline:3px solid var(--link);outline-offset:1px}.stale{background:var(--bad)}
-.stale :is(header,main,footer){background:var(--bg)}.skip{position:absolute;left:-99rem}
-.skip:focus{position:static}svg{min-width:44rem;width:100%;display:block}svg text{fill:var(--fg);
-font-size:12px}svg .dim{fill:var(--dim)}.lane{stroke:var(--line)}.plan{stroke:var(--dim)}.now{
-stroke:var(--bad);stroke-width:2}.done,.nothing{fill:var(--good)}.more{fill:var(--more)}
-.failed,.timed_out,.interrupted{fill:var(--bad)}.killed,.missed{fill:none;stroke:var(--warn)}
-.running{fill:var(--link)}svg a:hover *,svg a:focus *{stroke:var(--fg);stroke-width:2}
-@media(max-width:40rem){.wide{display:none}th,td{padding:.3rem}}
+overflow-wrap:anywhere}button,input{font:inherit;padding:.25rem .7rem;border:1px solid var(--dim);
+border-radius:.3rem;background:var(--card);color:var(--fg)}header form,.acts,.acts form{display:
+inline-flex;flex-wrap:wrap;gap:.5rem;align-items:center}:focus-visible{outline:3px solid
+var(--link);outline-offset:1px}.scroll:focus-visible,pre{outline-offset:-3px}.stale{outline:.3rem
+solid var(--bad);outline-offset:-.3rem}.stale header{background:var(--bad);:not(button){color:
+var(--bg)}.dim::after{content:" - out of date"}}.skip{position:absolute;left:-99rem}.skip:focus{
+position:static}.lanes{display:flex}.lanes ol{position:sticky;left:0;z-index:1;flex:none;width:
+10rem;margin:0;padding:22px 0 0;list-style:none;background:var(--bg)}.lanes li{font-size:13px;
+line-height:24px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}.lanes svg{flex:none;
+width:980px}svg text{fill:var(--fg);font-size:12px}svg .dim{fill:var(--dim)}.lane{stroke:
+var(--line)}.planned{stroke:var(--dim)}.now{stroke:var(--bad);stroke-width:2}.done,.nothing{fill:
+var(--good)}.more{fill:var(--more)}.failed,.timed_out,.interrupted{fill:var(--bad)}.killed,.missed{
+fill:none;stroke:var(--warn)}.running{fill:var(--link)}svg .tip{display:none;paint-order:stroke;
+stroke:var(--bg);stroke-width:5px}.run:is(:hover,:focus){.tip{display:block}:not(text){stroke:
+var(--fg);stroke-width:2}}.key{width:16px;height:16px;vertical-align:-3px}.chart{max-width:720px}
+@media(max-width:40rem){.wide{display:none}.lanes ol{width:6rem}}
 """
-# It draws the page anew in place, and turns it red when what it shows is older than it promises.
+# The page draws itself anew in place, and turns red when it is older than it promises.
 SCRIPT = """
-const every=Number(document.body.dataset.every)*1000;let fresh=Date.now();
-async function again(){try{const r=await fetch(location.href,{credentials:"same-origin"}),
-d=new DOMParser().parseFromString(await r.text(),"text/html"),n=d.querySelector("main"),
-m=document.querySelector("main"),age=Date.parse(r.headers.get("date"))-d.body.dataset.made*1000;
-if(r.ok&&n){if(!(age>3*every))fresh=Date.now();document.querySelector("header .dim").textContent=
-d.querySelector("header .dim").textContent;if(!m.contains(document.activeElement)){
-m.replaceChildren(...n.childNodes)}}}catch(e){}
-document.body.classList.toggle("stale",Date.now()-fresh>3*every)}
-setInterval(again,every);
+const b=document.body,every=()=>b.dataset.every*1e3,x=b.querySelector(".lanes");
+let fresh=document.forms.length?Date.now():b.dataset.made*1e3;function draw(o,n){if(o.isEqualNode(
+n))return;if(o.nodeName!==n.nodeName)return o.replaceWith(n);if(o.nodeType===3){const s=o.data,
+t=n.data;let i=0,j=0;while(i<s.length&&s[i]===t[i])i++;while(j<Math.min(s.length,t.length)-i&&s.at(
+-1-j)===t.at(-1-j))j++;return o.replaceData(i,s.length-i-j,t.slice(i,t.length-j))}for(
+const a of[...o.attributes])n.hasAttribute(a.name)||o.removeAttribute(a.name);for(
+const a of n.attributes)o.getAttribute(a.name)===a.value||o.setAttribute(a.name,a.value);
+const was=[...o.childNodes],is=[...n.childNodes];was.slice(is.length).forEach(c=>c.remove());
+is.forEach((c,i)=>was[i]?draw(was[i],c):o.append(c))}async function again(){try{const r=await fetch(
+location.href,{cache:"no-store",signal:AbortSignal.timeout(3*every())}),t=(await r.text()).replace(
+/^.*?<body/s,"<body"),f=document.activeElement,d=new DOMParser().parseFromString(t,
+"text/html").body,age=Date.parse(r.headers.get("date"))-d.dataset.made*1e3,to=f.getAttribute(
+"href"),near=f.closest(".scroll")||b;if(r.ok&&d.querySelector("main")){
+b.dataset.every=d.dataset.every;if(!(age>3*every()))fresh=Date.now();for(const k of["header",
+"main"])draw(b.querySelector(k),d.querySelector(k));if(to&&document.activeElement.getAttribute(
+"href")!==to)near.querySelector(`a[href="${to}"]`)?.focus({preventScroll:true})}}catch(e){
+}setTimeout(again,every())}setTimeout(location.protocol==="file:"?()=>location.reload():again,every(
+));setInterval(()=>b.classList.toggle("stale",Date.now()-fresh>3*every()),1e3);if(x)x.scrollLeft=(
+x.scrollWidth-x.clientWidth)/2;
 """
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>{title} - bgtasks</title>
-<style nonce="{page.nonce}">{style}</style>
-<noscript><meta http-equiv="refresh" content="{every}"></noscript></head>
-<body data-every="{every}" data-made="{now:.0f}">
-<a class="skip" href="#content">To the content</a><header><h1><a href="{page.base}/">bgtasks</a>
-on {node}</h1><span class="dim">as of {made}</span>{menu}</header>
-<main id="content">{content}</main><footer>bgtasks {version}</footer>
+<style nonce="{page.nonce}">{style}</style><noscript><meta http-equiv="refresh" content="{every}0">
+</noscript></head><body data-every="{every}" data-made="{now:.0f}">
+<a class="skip" href="#content">To the content</a><header><h1>{home}
+{node}</h1><span class="dim">as of {made}</span>{menu}</header>
+<main id="content">{content}</main><footer>{version}</footer>
 <script nonce="{page.nonce}">{script}</script></body></html>
-"""
-LOGIN = """<h2>Log in</h2>{wrong}<form method="post" action="{base}/login">
-<p><label>Administrator <input name="user" autocomplete="username" required></label></p>
-<p><label>Password <input name="password" type="password" autocomplete="current-password" required>
-</label></p><button>Log in</button></form>
 """
 
 
@@ -389,50 +405,50 @@ class Page(NamedTuple):
         """Return the whole page; every so many seconds it is drawn anew."""
         now = self.site.clock.now()
         menu = self.button("/wake", "Wake") + self.button("/logout", "Log out")
-        texts = {"node": self.site.settings.node, "made": bgtasks.iso(now), "title": title}
+        texts = {"made": bgtasks.iso(now), "title": title, "node": "", "version": ""}
+        if title != "Log in":  # that is for everybody
+            texts.update(node=f"on {self.site.settings.node}", version=f"bgtasks {VERSION}")
         values = {"page": self, "content": content, "every": every, "now": now, "style": STYLE}
-        values.update(script=SCRIPT, version=bgtasks.__version__, menu=menu * bool(self.login))
+        home = f'<a href="{self.base}/">bgtasks</a>' if self.login else "bgtasks"
+        values.update(script=SCRIPT, menu=menu * bool(self.login), home=home)
         text = PAGE.format(**{key: h(value) for key, value in texts.items()}, **values)
-        nonce = f"'nonce-{self.nonce}'; "
-        policy = (
-            f"default-src 'none'; style-src {nonce}script-src {nonce}connect-src 'self'; "
-            "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-        )
-        kind = "text/html; charset=utf-8"
-        return Answer(status, text.encode(), kind, Content_Security_Policy=policy)
+        nonce = f"'nonce-{self.nonce}'"
+        policy = f"default-src 'none'; style-src {nonce}; script-src {nonce}; connect-src 'self'; "
+        policy += "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+        return Answer(status, text.encode(), Content_Security_Policy=policy)
 
-    def link(self, kind: str, what: object, more: str = "") -> str:
-        """Return the start of a link; in a static file it leads nowhere."""
-        target = f'href="{self.base}/{kind}/{quote(str(what))}"' if self.login else 'tabindex="0"'
-        return f"<a {target}{more}>"
+    def link(self, kind: str, what: object, content: str = "", more: str = "") -> str:
+        """Return a link; in a static file it would lead nowhere, there is only what it shows."""
+        content = content or h(what)
+        if self.login:
+            return f'<a href="{self.base}/{kind}/{quote(str(what))}"{more}>{content}</a>'
+        return f'<g tabindex="0" role="img"{more}>{content}</g>' if more else content
 
     def button(self, path: str, text: str, fields: str = "") -> str:
-        hidden = f'<input type="hidden" name="csrf" value="{self.csrf}">'
-        start = f'<form method="post" action="{self.base}{path}">'
-        return f"{start}{fields}{hidden}<button>{h(text)}</button></form> "
-
-    def task(self, name: str) -> str:
-        return f"{self.link('task', name)}{h(name)}</a>"
+        fields += f'<input type="hidden" name="csrf" value="{self.csrf}"><button>{h(text)}</button>'
+        return f'<form method="post" action="{self.base}{path}">{fields}</form> '
 
 
 def login_page(page: Page, wrong: str = "") -> Answer:
     text = f'<p class="bad" role="alert">{h(wrong)}</p>' * bool(wrong)
-    content, status = LOGIN.format(wrong=text, base=page.base), "401 Unauthorized" * bool(wrong)
-    return page.answer("Log in", content, status=status or "200 OK")
+    content = f"""<h2>Log in</h2>{text}<form method="post" action="{page.base}/login">
+<p><label>Administrator<br><input name="user" autocomplete="username" required></label></p>
+<p><label>Password<br><input name="password" type="password" autocomplete="current-password"
+required></label></p><button>Log in</button></form>"""
+    return page.answer("Log in", content, status="401 Unauthorized" if wrong else "200 OK")
 
 
-def scrolled(label: str, content: str) -> str:
+def scrolled(label: str, what: str, more: str = "") -> str:
     """Return what may be wider than the screen, to be moved by keyboard too."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
+    return f'<div class="scroll{more}" tabindex="0" role="region" aria-label="{label}">{what}</div>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], wide: Sequence[str] = ()) -> str:
     """Return a table; the columns that are ``wide`` are left out on a narrow screen."""
     kinds = [' class="wide"' if title in wide else "" for title in head]
     text = "".join(f'<th scope="col"{kind}>{h(title)}</th>' for title, kind in zip(head, kinds))
-    lines = ["".join(f"<td{k}>{cell}</td>" for cell, k in zip(row, kinds)) for row in rows]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    shown = f"<table><thead><tr>{text}</tr></thead><tbody>{body}</tbody></table>"
+    body = (f"<tr>{''.join(f'<td{k}>{c}</td>' for c, k in zip(row, kinds))}</tr>" for row in rows)
+    shown = f"<table><thead><tr>{text}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return scrolled(f"Table: {head[0]}", shown)
 
 
@@ -447,139 +463,124 @@ def status_page(page: Page, query: Mapping[str, str]) -> Answer:
     """Return the page for a look: is it alive, what is wrong, what runs, what comes."""
     site, now = page.site, page.site.clock.now()
     found = bgtasks.status(site.settings, site.store, site.clock)
-    tasks = found["tasks"]
-    shown = [task for task in tasks if task["state"] != "ignored"]
-    findings = list(bgtasks.judge_tasks(tasks, now))
-    findings += bgtasks.judge_wakeups(site.settings, site.store, now)
+    shown = [task for task in found["tasks"] if task["state"] != "ignored"]
     running = [task for task in shown if task["running"]]
+    known = sorted((t["next_run_at"], t["name"]) for t in shown if t["next_run_at"])[:5]
+    coming = ", ".join(f"{page.link('task', n)} {h(bgtasks.when(at, now))}" for at, n in known)
     span = query["range"] if query.get("range") in RANGES else "6h"
-    head = ("Task", "State", "Next", "Last", "Outcome", "Took", "Runs", "Failed", "About")
-    cells = (_task_cells(page, task, now) for task in tasks)
+    links = {key: f'<a href="{page.base}/?range={key}">{key}</a>' for key in RANGES}
+    ranges = " ".join({**links, span: f"<strong>{span}</strong>"}.values()) * bool(page.login)
+    head = ("Task", "State", "Outcome", "Next", "Last", "Took", "Runs", "Failed", "About")
+    cells = (_task_cells(page, task, now) for task in found["tasks"])
     content = (
-        f"{_alive(found, findings, now)}{_running(page, running, now)}"
-        f"<h2>Timeline</h2>{_ranges(page, span)}{timeline(page, shown, RANGES[span] * 3600.0, now)}"
-        f"<h2>Tasks</h2>{table(head, cells, head[5:])}"
+        f"{_alive(page, found, now)}{_running(page, running, now)}"
+        f"<h2>What comes next</h2><p>{coming or 'Nothing is planned.'}</p>"
+        f"<h2>Timeline</h2><p>{ranges}</p>{timeline(page, shown, RANGES[span] * 3600.0, now)}"
+        f'<h2 id="tasks">Tasks</h2>{table(head, cells, head[4:])}'
     )
-    return page.answer("Status", content, every=5 if running else 30)
+    return page.answer("Status", content, every=(5 if running else 30) if page.login else 300)
 
 
-def _alive(found: Mapping[str, Any], findings: Sequence[bgtasks.Finding], now: float) -> str:
-    last, woken = found["last_wakeup"], "It was never woken."
-    if last:
-        moment = bgtasks.when(last["started_at"], now)
-        woken = f"Last wake-up {moment} by {last['user']}, {last['result']}."
-    items = ""
-    for level, about, text, way_out in sorted((f for f in findings if f.level), reverse=True):
-        word = f"<strong>{('', 'Warning', 'Critical')[level]}: {h(about)}</strong> {h(text)}"
-        items += f'<li class="l{level}">{word} <span class="dim">{h(way_out)}</span></li>'
+def _alive(page: Page, found: Mapping[str, Any], now: float) -> str:
+    last, items = found["last_wakeup"] or {"started_at": None}, ""
+    moment = bgtasks.when(last["started_at"], now)
+    woken = (
+        f"Last wake-up {moment} by {last['user']}, {last['result']}." if moment else "Never woken."
+    )
+    names = {task["name"] for task in found["tasks"] if task["state"] != "ignored"}
+    wrong = [*bgtasks.judge_tasks(found["tasks"], now)]
+    wrong += bgtasks.judge_wakeups(page.site.settings, page.site.store, now)
+    for level, about, text, way in sorted(wrong, key=lambda f: (-f.level, f.about)):
+        who = page.link("task", about) if about in names else h(about)
+        what = f"<strong>{('', 'Warning', 'Critical')[level]}: {who}</strong> {h(text)}"
+        items += f'<li class="l{level}">{what} <span>&#8594; {h(way)}</span></li>' * bool(level)
     paused = '<p class="warn"><strong>Maintenance: nothing starts.</strong></p>'
     verdict = f'<ul class="find">{items}</ul>' if items else '<p class="good">All is well.</p>'
     return f"<p>{h(woken)}</p>{paused * bool(found['maintenance'])}<h2>What is wrong</h2>{verdict}"
 
 
 def _running(page: Page, running: Sequence[Mapping[str, Any]], now: float) -> str:
-    rows = ""
+    rows, bar = "", r'\g<0> <progress value="\1" max="\2" aria-label="progress"></progress>'
     for task in running:
-        progress = task["progress"] or ""
-        known = re.fullmatch(r"([0-9]{1,15})/([1-9][0-9]{0,14})", progress)
-        bar = '<progress value="{}" max="{}" aria-label="progress"></progress>'
-        bar = bar.format(*known.groups()) if known else ""
         since = h(bgtasks.when(task["last_started_at"], now))
-        rows += f"<li>{page.task(task['name'])} since {since} {h(progress)} {bar}</li>"
+        done = re.sub("([0-9]{1,15})/([1-9][0-9]{0,14})", bar, h(task["progress"] or ""))
+        rows += f"<li>{page.link('task', task['name'])} since {since} {done}</li>"
     return f"<h2>At work now</h2>{f'<ul>{rows}</ul>' if rows else '<p>Nothing.</p>'}"
-
-
-def _ranges(page: Page, span: str) -> str:
-    links = {key: f'<a href="{page.base}/?range={key}">{key}</a>' for key in RANGES}
-    links[span] = f"<strong>{span}</strong>"
-    return f"<p>{' '.join(links.values())}</p>" * bool(page.login)
 
 
 def _task_cells(page: Page, task: Mapping[str, Any], now: float) -> Sequence[str]:
     name, state = task["name"], task["state"]
-    kind = "warn" if state in ("broken", "missing", "paused") else ""
+    word = f'<b class="warn">{state}</b>' if state in ("broken", "missing", "paused") else state
     moments = [h(bgtasks.when(task[key], now)) for key in ("next_run_at", "last_started_at")]
-    first = [h(name) if state == "ignored" else page.task(name), f'<b class="{kind}">{state}</b>']
+    first = [h(name) if state == "ignored" else page.link("task", name), word]
     last = [bgtasks.duration(task["last_seconds"]), task["runs"] or "", task["failures"] or ""]
     last.append(task["reason"] or task["description"])
-    return [*first, *moments, outcome(task["last_outcome"]), *map(h, last)]
+    return [*first, outcome(task["last_outcome"]), *moments, *map(h, last)]
 
 
 # -- pictures, drawn on the server
 
 
-SHAPES = {  # of the outcomes, so that colour is not the only sign; around 0, 0
-    **dict.fromkeys(("done", "running"), "M-2-6h4v12h-4z"),
-    "nothing": "M-1-4h2v8h-2z",
-    "more": "M-3-6l7 6l-7 6z",
-    "failed": "M-6-6h3l3 4l3-4h3l-4 6l4 6h-3l-3-4l-3 4h-3l4-6z",
-    "timed_out": "M0-7l6 12h-12z",
-    "killed": "M-4-4h8v8h-8z",
-    "interrupted": "M0-7l6 7l-6 7l-6-7z",
-    "missed": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
-}
+# of the outcomes, around 0, 0, so that colour is not the only sign
+PATHS = """done:M-2-6h4v12h-4z nothing:M-4-1h8v2h-8z more:M-3-6l7,6l-7,6z killed:M-4-4h8v8h-8z
+running:M-5-6h10l-10,12h10z failed:M-6-6h3l3,4l3-4h3l-4,6l4,6h-3l-3-4l-3,4h-3l4-6z planned:M0-4v8
+timed_out:M0-7l6,12h-12z interrupted:M0-7l6,7l-6,7l-6-7z missed:M-4,0a4,4,0,1,1,0,.1z"""
+SHAPES: dict[str, str] = dict(re.findall(r"(\w+):(\S+)", PATHS))
 
 
 def timeline(page: Page, tasks: Sequence[Mapping[str, Any]], around: float, now: float) -> str:
     """Return an SVG of the runs in the seconds before now, and of the slots after it."""
-    left, width, begin = 170, 1100, now - around
+    left, right, begin, height = 8, 972, now - around, 30 + 24 * len(tasks)
     lanes = {task["name"]: 34 + i * 24 for i, task in enumerate(tasks)}
-    height = 30 + 24 * len(lanes)
 
     def x(moment: float) -> float:
-        return round(left + (width - left) * (max(moment, begin) - begin) / (2 * around), 1)
+        return round(left + (right - left) * (max(moment, begin) - begin) / (2 * around), 1)
 
-    parts = [_scale(begin, around, height, x)]
-    for name, y in lanes.items():
-        parts.append(f'<line class="lane" x1="{left}" x2="{width}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="0" y="{y + 4}">{h(bgtasks.shortened(name, 24))}</text>')
-    for name, moments in _planned(page.site, now, around).items():
-        path = "".join(f"M{x(moment)} {lanes[name] - 4}v8" for moment in moments if name in lanes)
-        parts.append(f'<path class="plan" d="{path}"/>' * bool(path))
-    runs = page.site.store.runs_since(begin, MOST_DRAWN)
-    parts += [_run_mark(page, r, lanes[r["task"]], x, now) for r in runs if r["task"] in lanes]
-    note = f"<p>Only the newest {MOST_DRAWN} runs are drawn.</p>" * (len(runs) == MOST_DRAWN)
-    start = f'<svg viewBox="0 0 {width} {height}" role="group" aria-label="Timeline of the runs">'
-    return f"{scrolled('Timeline', start + ''.join(parts) + '</svg>')}{note}"
-
-
-def _scale(begin: float, around: float, height: int, x: Callable[[float], float]) -> str:
-    parts: list[str] = []
+    path = "".join(f"M{left} {y}H{right}" for y in lanes.values())
+    parts = [f'<path class="lane" d="{path}"/><path class="now" d="M{x(now)} 16V{height}"/>']
     for i, anchor in enumerate(("start", *["middle"] * 5, "end")):
         moment = begin + i * around / 3
-        text = datetime.fromtimestamp(moment).astimezone().strftime("%d %H:%M")
+        text = datetime.fromtimestamp(moment).astimezone().strftime("%a %H:%M")
         place = f'x="{x(moment)}" y="12" text-anchor="{anchor}"'
         parts.append(f'<text class="dim" {place}>{text}</text>')
-    now = x(begin + around)
-    return "".join(parts) + f'<line class="now" x1="{now}" x2="{now}" y1="16" y2="{height}"/>'
+    for row in page.site.store.tasks():
+        if row["name"] in lanes and row["file"] and row["enabled"] and not row["error"]:
+            slots, y = _slots(page.site, row, now + around), lanes[row["name"]]
+            path = "".join(f"M{x(moment)} {y - 4}v8" for moment in slots)
+            path += f"m0-4H{right}" * (len(slots) == MOST_SLOTS)  # and so on
+            parts.append(f'<path class="planned" d="{path}"/>' * bool(path))
+    runs = page.site.store.runs_since(begin, MOST_DRAWN)
+    for run in sorted(runs, key=lambda run: run["outcome"] not in GOOD):  # what failed is on top
+        if run["task"] in lanes:
+            at, y = x(run["started_at"]), lanes[run["task"]]
+            parts.append(_run_mark(page, run, y, at, x(run["ended_at"] or now) - at, now))
+    names = "".join(f'<li title="{h(name)}">{h(name)}</li>' for name in lanes)
+    start = f'<svg viewBox="0 0 980 {height}" role="group" aria-label="Runs and planned slots">'
+    drawn = scrolled("Timeline", f"<ol>{names}</ol>{start}{''.join(parts)}</svg>", " lanes")
+    note = f"<p>Only the newest {MOST_DRAWN} runs are drawn.</p>" * (len(runs) == MOST_DRAWN)
+    start = '<svg class="key" viewBox="-8 -8 16 16" aria-hidden="true"><path class='
+    keys = " ".join(f'{start}"{k}" d="{d}"/></svg>&#160;{k}' for k, d in SHAPES.items())
+    past = '<a class="skip" href="#tasks">Past the timeline</a>'
+    return f'{past}{drawn}{note}<p class="dim">{keys}</p>'
 
 
-def _run_mark(
-    page: Page, run: Mapping[str, Any], y: int, x: Callable[[float], float], now: float
-) -> str:
-    began, ended, kind = run["started_at"], run["ended_at"] or now, run["outcome"]
-    at, wide = x(began), round(x(ended) - x(began), 1)
-    moment, took = bgtasks.when(bgtasks.iso(began), now), bgtasks.duration(ended - began)
+def _run_mark(page: Page, run: bgtasks.Row, y: int, at: float, wide: float, now: float) -> str:
+    kind, took = run["outcome"], bgtasks.duration((run["ended_at"] or now) - run["started_at"])
+    moment, side = bgtasks.when(bgtasks.iso(run["started_at"]), now), "end" if at > 490 else "start"
     label = h(f"{run['task']}: {kind}, {moment}, {took}")
-    bar = f'<rect class="{kind}" x="{at}" y="{y - 3}" width="{wide}" height="6"/>'
+    bar = f'<rect class="{kind}" x="{at}" y="{y - 3}" width="{wide:.1f}" height="6"/>' * (wide > 3)
     mark = f'<path class="{kind}" transform="translate({at} {y})" d="{SHAPES[kind]}"/>'
-    link = page.link("run", run["id"], f' aria-label="{label}"')
-    return f"{link}<title>{label}</title>{bar * (wide > 3)}{mark}</a>"
+    tip = f'<text class="tip" x="{at}" y="{y - 9}" text-anchor="{side}">{label}</text>'
+    return page.link("run", run["id"], bar + mark + tip, f' class="run" aria-label="{label}"')
 
 
-def _planned(site: Site, now: float, seconds: float) -> dict[str, list[float]]:
-    """Return the next slots of each task, at most 60."""
-    found: dict[str, list[float]] = {}
-    for row in site.store.tasks():
-        if not row["file"] or row["error"] or not row["enabled"] or row["next_run_at"] is None:
-            continue
-        task = bgtasks.task_from(row)
-        schedule = bgtasks.schedule_of(task.settings, site.settings, task.name, row["anchor_at"])
-        moment: float | None = row["next_run_at"]
-        moments = found.setdefault(task.name, [])
-        while moment is not None and moment <= now + seconds and len(moments) < 60:
-            moments.append(moment)
-            moment = schedule.next_after(moment)
+def _slots(site: Site, row: bgtasks.Row, until: float) -> list[float]:
+    """Return the next slots of a task, up to a limit."""
+    settings, moment, found = bgtasks.task_from(row).settings, row["next_run_at"], list[float]()
+    schedule = bgtasks.schedule_of(settings, site.settings, row["name"], row["anchor_at"])
+    while moment is not None and moment <= until and len(found) < MOST_SLOTS:
+        found.append(moment)
+        moment = schedule.next_after(moment)
     return found
 
 
@@ -587,14 +588,11 @@ def durations(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return a small chart of how long the last runs took, the newest at the right."""
     known = [(run, run["ended_at"] - run["started_at"]) for run in runs[::-1] if run["ended_at"]]
     longest = max((seconds for _, seconds in known), default=0.0) or 1.0
-    bars = ""
-    for i, (run, seconds) in enumerate(known):
-        high, label = max(2, round(58 * seconds / longest)), bgtasks.duration(seconds)
-        place = f'x="{i * 12}" y="{60 - high}" width="9" height="{high}"'
-        title = f"<title>run {run['id']}: {label}</title>"
-        bars += f'<rect class="{run["outcome"]}" {place}>{title}</rect>'
-    label = f"How long the last {len(known)} runs took, at most {bgtasks.duration(longest)}"
-    return f'<svg viewBox="0 0 720 60" role="img" aria-label="{label}">{bars}</svg>'
+    paths = (f"M{i * 12} 60V{58 - 56 * s / longest:.0f}h9V60z" for i, (_, s) in enumerate(known))
+    bars = "".join(f'<path class="{run["outcome"]}" d="{p}"/>' for (run, _), p in zip(known, paths))
+    label = f"The last {len(known)} runs, the newest last, at most {bgtasks.duration(longest)}"
+    start = f'<svg class="chart" viewBox="0 0 720 60" role="img" aria-label="{label}">'
+    return f'<p class="dim">{label}</p>{start}{bars}</svg>'
 
 
 def task_page(page: Page, name: str) -> Answer:
@@ -603,22 +601,22 @@ def task_page(page: Page, name: str) -> Answer:
     task = next((row for row in rows if row["name"] == name), None)
     if task is None:
         raise said("404 Not Found")
-    why = bgtasks.explain(site.settings, site.store, task, now, now)
+    said_of = bgtasks.explain(site.settings, site.store, task, now, now)["sentences"]
     runs = site.store.history(name, 60)
-    facts = [(key, h(value)) for key, value in task.items() if value not in (None, "", 0, False)]
     here = f"/task/{quote(name)}"
     note = '<label>for <input name="for" size="6" placeholder="2 h"></label> '
     buttons = [page.button(f"{here}/request", "Run at the next look")]
-    buttons += [page.button(f"{here}/resume", "Resume")] * (task["state"] == "paused")
-    buttons += [page.button(f"{here}/pause", "Pause", note)] * (task["state"] != "paused")
+    pause = ("pause", "Pause", note) if task["state"] != "paused" else ("resume", "Resume", "")
+    buttons += [page.button(f"{here}/{pause[0]}", *pause[1:])]
     buttons += [page.button(f"{here}/kill", "End its run")] * task["running"]
     buttons += [page.button(f"{here}/clear", "Seen: clear")]
-    sentences = " ".join(f"{text[:1].upper()}{text[1:]}." for text in why["sentences"])
+    why = "".join(f"<li>{h(text[:1].upper())}{h(text[1:])}.</li>" for text in said_of)
     content = (
-        f"<h2>{h(name)}</h2><p>{h(task['description'])}</p><p>{''.join(buttons)}</p>"
-        f"<h2>Why it ran, or did not</h2><p>{h(sentences)}</p>"
+        f"<h2>{h(name)}</h2><p>{h(task['description'])}</p>"
+        f"<div class='acts'>{''.join(buttons)}</div>"
+        f"{_running(page, [task], now) if task['running'] else ''}"
+        f"<h2>Why it ran, or did not</h2><ul>{why}</ul>"
         f"<h2>How long it took</h2>{durations(runs)}<h2>History</h2>{_history(page, runs, now)}"
-        f"<h2>All that is known</h2>{table(('What', 'Is'), facts)}"
     )
     return page.answer(name, content, every=5 if task["running"] else 30)
 
@@ -627,7 +625,7 @@ def _history(page: Page, runs: Sequence[Mapping[str, Any]], now: float) -> str:
     rows: list[Sequence[str]] = []
     for run in runs:
         took = bgtasks.duration(run["ended_at"] - run["started_at"]) if run["ended_at"] else ""
-        link = f"{page.link('run', run['id'])}{run['id']}</a>"
+        link = page.link("run", run["id"])
         started = h(bgtasks.when(bgtasks.iso(run["started_at"]), now))
         volume = h("" if run["volume"] is None else run["volume"])
         about, trigger = h(bgtasks.joined(run["reason"], run["message"])), h(run["trigger"])
@@ -638,8 +636,7 @@ def _history(page: Page, runs: Sequence[Mapping[str, Any]], now: float) -> str:
 
 def run_page(page: Page, number: str) -> Answer:
     site, now = page.site, page.site.clock.now()
-    digits = number.isascii() and number.isdigit() and len(number) < 19
-    run = site.store.run(int(number)) if digits else None
+    run = site.store.run(int(number)) if re.fullmatch("[0-9]{1,18}", number) else None
     if not run:
         raise said("404 Not Found")
     output, every = run["output"], 999
@@ -648,7 +645,7 @@ def run_page(page: Page, number: str) -> Answer:
         output, every = bgtasks.read_output(live, site.settings.secrets), 5
     text = "\n".join(bgtasks.visible(line) for line in output.expandtabs().splitlines())
     content = (
-        f"<h2>Run {run['id']} of {page.task(run['task'])}</h2>{_history(page, [run], now)}"
+        f"<h2>Run {run['id']} of {page.link('task', run['task'])}</h2>{_history(page, [run], now)}"
         f'<h2>What it printed</h2><pre tabindex="0">{html.escape(text) or "nothing"}</pre>'
     )
     return page.answer(f"Run {run['id']}", content, every=every)
@@ -672,15 +669,15 @@ def pages(site: Site, request: Request) -> Answer:
         forget_guesses(site, request.address)
         until = int(site.clock.now()) + SESSION_SECONDS
         text = f"{user.encode().hex()}.{until}.{secrets.token_hex(8)}"
-        cookie = f"bgtasks={text}.{signed(site, text)}{cookie}"
+        signature = signed(site, f"{text} {site.store.admins().get(user)}")
+        cookie = f"bgtasks={text}.{signature}{cookie}"
         return Answer("303 See Other", Location=home, Set_Cookie=cookie)
     if found is None:
-        return login_page(page)
+        return login_page(page, "You are not logged in." * (request.method == "POST"))
     if request.method == "POST":
         given = request.form.get("csrf", "").encode("utf-8", "replace")
         if not hmac.compare_digest(given, csrf.encode()):
-            text = "the form is too old; go back and load the page again"
-            raise said("403 Forbidden", {"error": text})
+            raise said("403 Forbidden", {"error": "the form is too old; load the page again"})
         if path == ("logout",):
             cookie = f"bgtasks={cookie}; Max-Age=0"
             return Answer("303 See Other", Location=home, Set_Cookie=cookie)
@@ -702,7 +699,7 @@ def pages(site: Site, request: Request) -> Answer:
 def answered(site: Site, request: Request) -> Answer:
     method, path = request.method, request.path
     if path == ("pixel.gif",) and method == "GET" and site.settings.web_pixel:
-        wake(site, site.settings.web_interval)
+        wake(site, max(SHORTEST_INTERVAL, site.settings.web_interval))
         return Answer("200 OK", GIF, "image/gif")
     if not (site.settings.web_token or site.store.admins()):  # nobody could show who he is
         raise said("404 Not Found")
@@ -716,12 +713,14 @@ def answered(site: Site, request: Request) -> Answer:
         require_token(site, request)
         lines = bgtasks.metric_lines(bgtasks.status(site.settings, site.store, site.clock))
         return Answer("200 OK", "\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4")
+    if path == ("pixel.gif",) or not site.store.admins():
+        raise said("404 Not Found")
     return pages(site, request)
 
 
 def _wake_asked(site: Site, request: Request) -> Answer:
     if request.method == "GET":
-        if len(request.path) == 1 or not site.settings.web_allow_get:
+        if len(request.path) != 2 or not site.settings.web_allow_get:
             raise said("405 Method Not Allowed", Allow="POST")
         request = request._replace(headers={"AUTHORIZATION": f"Bearer {request.path[1]}"})
     elif len(request.path) > 1:
@@ -744,17 +743,16 @@ class Application:
             answer = self._answer(environ)
         except Answer as raised:
             answer = raised
-        except (bgtasks.BgtasksError, OSError, MemoryError):
-            answer = said("503 Service Unavailable", Retry_After="30")
-        except Exception:  # noqa: BLE001 - whatever is sent must not make it fail, nor learn why
+        except Exception:  # noqa: BLE001 - who asks learns not why; the server's log does
             traceback.print_exc()
-            answer = said("503 Service Unavailable", Retry_After="300")
+            answer = said("503 Service Unavailable", Retry_After="30")
         headers = {"Content-Type": answer.kind, "Content-Length": str(len(answer.body))}
         start_response(answer.status, list({**ALWAYS, **headers, **answer.headers}.items()))
-        return [answer.body]
+        return [b"" if environ.get("REQUEST_METHOD") == "HEAD" else answer.body]
 
     def _answer(self, environ: Mapping[str, Any]) -> Answer:
         settings, clock = bgtasks.read_settings(self._arguments, PROGRAM), bgtasks.Clock()
+        bgtasks.refuse_wrong_user(settings.state_dir)
         path = os.path.join(settings.state_dir, "bgtasks.db")
         if not os.path.exists(path):
             if not (settings.web_token or settings.web_pixel):
@@ -780,17 +778,17 @@ def write_page(file: str, arguments: Mapping[str, str]) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    options = [word[2:].partition("=") for word in words if word[:2] == "--"]
-    given = {key: value for key, _, value in options}
+    given = dict(word[2:].split("=", 1) for word in words if word[:2] == "--" and "=" in word)
     order, file, port = (given.pop(key, "") for key in ("wake", "html", "port"))
     if order:
         return run_ordered(order, given)
     if file:
         write_page(file, given)
         return 0
-    from wsgiref.simple_server import make_server
+    from wsgiref import simple_server
 
-    with make_server("127.0.0.1", int(port or 8080), Application(**given)) as server:
+    simple_server.ServerHandler.server_software = "bgtasks"  # not the version of Python
+    with simple_server.make_server("127.0.0.1", int(port or 8080), Application(**given)) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
     return 0

@@ -2577,6 +2577,8 @@ def keep(brief: Brief, output: int, clock: Clock) -> int:
     notes = append_to(brief.live + ".keeper")
     me = os.getpid()
     note(notes, keeper=[me, identity(me)], runner=brief.runner, began=brief.started)
+    if "killed" in read_notes(brief.live):  # before anybody could tell us
+        os.kill(me, signal.SIGTERM)
     try:
         group = fork(lambda: task_side(brief, notes, clock))
     except OSError as error:  # pragma: no cover (a system that gave one process, but not two)
@@ -3253,7 +3255,9 @@ def ask_to_end(settings: Settings, store: Store, name: str, by: str, now: float)
     live = os.path.join(settings.state_dir, "runs", row["live"]) if row else ""
     if not row or read_end(row, live, (), int) is not None:
         return None
-    note(append_to(live + ".keeper"), killed=by)
+    notes = append_to(live + ".keeper")
+    note(notes, killed=by)
+    os.close(notes)
     tell_keeper(live, signal.SIGTERM)
     store.note_event(name, by, now, f"killed run {row['id']}")
     return row

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote
@@ -135,20 +135,20 @@ class Site(NamedTuple):
     arguments: Mapping[str, str]
 
 
-def count_guess(site: Site, address: str) -> None:
-    """Count a guess before it is looked at. Raises 429 for an address, or a crowd, with too many.
+def refuse_guesser(site: Site, address: str, *, count: bool) -> None:
+    """Raise 429 for an address, or a crowd, that guessed wrong too often; count one guess more.
 
     Both in one transaction: of a thousand requests at once no more than the free ones get on."""
     now = site.clock.now()
-    with site.store:
+    with site.store if count else nullcontext():
         for name, free in ((f"wrong:{address}", FREE_GUESSES), ("wrong", 20 * FREE_GUESSES)):
-            count, last = json.loads(site.store.fact(name) or "[0, 0]")
-            wait = min(2.0 ** min(count - free, 20), MOST_WAIT) if count >= free else 0.0
+            guesses, last = json.loads(site.store.fact(name) or "[0, 0]")
+            wait = min(2.0 ** min(guesses - free, 20), MOST_WAIT) if guesses >= free else 0.0
             if 0 <= now - last < wait:
                 raise said("429 Too Many Requests", Retry_After=str(int(last + wait - now) + 1))
-            count = 0 if now - last > 2 * MOST_WAIT else count
-            value = json.dumps([count + 1, now])
-            site.store.put("fact", {"name": name, "value": value}, "name")
+            value = json.dumps([1 if now - last > 2 * MOST_WAIT else guesses + 1, now])
+            if count:
+                site.store.put("fact", {"name": name, "value": value}, "name")
 
 
 def forget_guesses(site: Site, address: str) -> None:
@@ -184,10 +184,10 @@ def require_token(site: Site, request: Request) -> None:
     """Raise 401 for whoever does not know the token, 429 for a guesser."""
     kind, _, given = request.headers["AUTHORIZATION"].partition(" ")
     if kind.lower() == "bearer" and 0 < len(given) <= MOST_QUERY:
-        count_guess(site, request.address)
+        refuse_guesser(site, request.address, count=False)
         if has_token(site, given.strip()):
-            forget_guesses(site, request.address)
             return
+        refuse_guesser(site, request.address, count=True)
     raise said("401 Unauthorized", WWW_Authenticate='Bearer realm="bgtasks"')
 
 
@@ -662,7 +662,7 @@ def pages(site: Site, request: Request) -> Answer:
     path, home = request.path, request.base + "/"
     cookie = f"; Path={home}; HttpOnly; SameSite=Strict" + "; Secure" * request.secure
     if path == ("login",) and request.method == "POST":
-        count_guess(site, request.address)
+        refuse_guesser(site, request.address, count=True)
         user, password = (request.form.get(key, "") for key in ("user", "password"))
         if not has_password(site, request.address, user, password):
             return login_page(page, "This is not the login of an administrator.")

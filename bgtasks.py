@@ -5303,6 +5303,14 @@ def hashed(password: str, salt: str = "", parameters: str = SCRYPT) -> str:
     return f"scrypt${parameters}${salt}${key.hex()}"
 
 
+def is_login(admins: Mapping[str, str], user: str, password: str) -> bool:
+    """Tell if a login is that of an administrator; an unknown user costs as much time."""
+    known = admins.get(user) or f"scrypt${SCRYPT}${'00' * 16}${'00' * 64}"
+    _, n, r, p, salt, _ = known.split("$")
+    given = hashed(password, salt, f"{n}${r}${p}")
+    return hmac.compare_digest(given, known) and user in admins
+
+
 def require_admin(settings: Settings, store: Store, clock: Clock) -> None:
     """Raise RefusedError if there are administrators, and the login is that of none."""
     admins = store.admins()
@@ -5313,16 +5321,13 @@ def require_admin(settings: Settings, store: Store, clock: Clock) -> None:
 def authenticate(settings: Settings, store: Store, admins: Mapping[str, str], clock: Clock) -> None:
     """Raise RefusedError unless auth_user and auth_pwd are those of an administrator.
 
-    An unknown user costs as much time as a wrong password. Each wrong login is counted before it is
-    looked at, and those that follow wait first, so that many at once do not help either."""
+    Each wrong login is counted before it is looked at, and those that follow wait first, so that
+    many at once do not help either."""
     user, wrong = settings.auth_user, int(store.fact("wrong_logins") or 0)
     store.put("fact", {"name": "wrong_logins", "value": str(wrong + 1)}, "name")
     if wrong >= FREE_LOGINS:
         clock.wait(min(0.25 * 2.0 ** (wrong - FREE_LOGINS), MOST_LOGIN_SECONDS))
-    known = admins.get(user) or f"scrypt${SCRYPT}${'00' * 16}${'00' * 64}"
-    _, n, r, p, salt, _ = known.split("$")
-    given = hashed(settings.auth_pwd, salt, f"{n}${r}${p}")
-    if not hmac.compare_digest(given, known) or user not in admins:
+    if not is_login(admins, user, settings.auth_pwd):
         store.note_event(
             "", user_name(os.geteuid()), clock.now(), f"wrong login {shortened(user)!r}"
         )

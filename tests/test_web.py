@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import statistics
 import subprocess
@@ -279,7 +280,7 @@ def test_only_what_may_be_woken_by_the_web_is(web):
     web.wake()
     web.run_of("web", "done")
     web.run_of("both", "done")
-    web.rest()
+    wait_for(lambda: web.wakeups()[0]["ended_at"])
     assert web.runs("cli") == []
     assert "wakeup" in {row["reason"] for row in web.site.rows("SELECT * FROM skip")}
 
@@ -357,9 +358,8 @@ def test_inline_a_task_that_takes_too_long_does_not_keep_the_answer(web):
 
 def test_an_order_that_was_not_signed_by_the_server_starts_nothing(web):
     with web.store() as store:
-        now, site = time.time(), bgtasks_web.Site(None, store, None, {})
-        late = f"{now - 61:.0f}.{bgtasks_web.signed(site, f'{now - 61:.0f}')}"
-    for order in (f"{now:.0f}.", f"{now:.0f}.{'0' * 64}", late):
+        other = bgtasks_web.signed(bgtasks_web.Site(None, store, None, {}), "csrf")
+    for order in ("1", "0" * 64, other):
         command = [sys.executable, str(WEB), f"--wake={order}", f"--param_file={web.site.params}"]
         assert subprocess.run(command, check=False).returncode == 77
     assert web.site.rows("SELECT * FROM wakeup") == []
@@ -514,6 +514,15 @@ def test_a_runner_leaves_no_zombie(web):
 
 
 @pytest.mark.unmeasured
+def test_ctrl_c_ends_the_server_quietly(web):
+    with Server(web) as server:
+        assert server.ask("/api/status")[0] == 200
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.unmeasured
 def test_no_server_of_ours_tells_which_python_it_is(web):
     with Server(web) as server:
         for path in ("/", "/wake", "/api/status", "//evil.example/..", "/%00", "/%0d%0aX:%20y"):
@@ -531,6 +540,32 @@ def test_the_status_page_is_written_as_a_file(web):
     subprocess.run(command, check=True)
     assert "<svg" in file.read_text()
     assert "<form" not in file.read_text()
+    file.unlink()
+    command[2:3] = ["--html", str(file)]
+    subprocess.run(command, check=True)
+    assert "<svg" in file.read_text()
+
+
+@pytest.mark.unmeasured
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--html"], 2, "argument --html: expected one argument"),
+        (["--port=x"], 2, "argument --port: invalid int value: 'x'"),
+        (["nonsense"], 64, "there is no command 'nonsense'; see --help"),
+        (["--param_fil=x"], 64, "(did you mean 'param_file'?)"),
+        (["--param_file=/nowhere"], 78, "/nowhere"),
+        (["--html=/nowhere/status.html"], 74, "No such file or directory: '/nowhere/status.html"),
+    ],
+)
+def test_wrong_arguments_get_one_clear_line(web, words, code, said):
+    command = [sys.executable, str(WEB), *words]
+    if not any("param" in word for word in words):
+        command.append(f"--param_file={web.site.params}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 # -- nothing is on by itself
@@ -632,11 +667,23 @@ def test_a_forged_session_is_none(ann):
         assert "Log out" not in ann.get("/", HTTP_COOKIE=cookie, valid=False).text, parts
 
 
-def test_after_logging_out_the_cookie_is_gone(ann):
+def cookie_of(web, login):
+    web.log_in(login)
+    return web.cookie
+
+
+def test_logging_out_ends_the_sessions_of_a_login_wherever_their_cookies_are(ann, clock):
+    ann.register("bob")
+    here, elsewhere, bob = ann.cookie, cookie_of(ann, "ann"), cookie_of(ann, "bob")
+    ann.cookie = here
     reply = ann.act("/logout")
     assert (reply.status, reply.headers["Location"]) == (303, "/")
-    assert "Max-Age=0" in reply.headers["Set-Cookie"]
-    assert reply.headers["Set-Cookie"].startswith("bgtasks=;")
+    for cookie, there in ((here, False), (elsewhere, False), (bob, True)):
+        assert ("Log out" in ann.get("/", HTTP_COOKIE=cookie).text) is there
+    clock.advance(1)
+    ann.log_in()
+    assert "Log out" in ann.get("/").text
+    assert "Log out" in ann.get("/login").text
 
 
 def test_without_the_csrf_token_of_its_session_no_form_is_taken(ann, clock):
@@ -707,9 +754,14 @@ def test_what_is_not_there_is_not_found_and_what_is_wrong_is_named(ann):
     assert ann.act("/task/a").status == 404
     for path in ("/task/b", "/run/1", "/run/9" + "9" * 30, "/run/x", "/run/\u0663", "/nonsense"):
         assert ann.get(path.encode().decode("latin-1")).status == 404, path
-    for path in ("a/explode", "b/pause", "status", "a/b/c", "", "a"):
+    for path in ("a/explode", "b/pause", "a/b/c", "", "a"):
         assert ann.api("POST", path).status == 404
-    assert ann.api("GET", "a/pause").status == 404
+    for method, path, allowed in (
+        *(("POST", path, "GET") for path in ("/api/status", "/api/history", "/metrics")),
+        *(("GET", f"/api/a/{action}", "POST") for action in ("pause", "kill")),
+    ):
+        reply = ann.ask(method, path, HTTP_AUTHORIZATION=BEARER)
+        assert (reply.status, reply.headers["Allow"]) == (405, allowed)
     for wrong in ("soon", "-1 h", "1e3", "\u0663 h", "9" * 40):
         reply = ann.api("POST", "a/pause", {"for": wrong})
         assert reply.status == 400

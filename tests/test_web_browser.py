@@ -288,7 +288,7 @@ def last_run(web, task="good"):
 
 def test_a_wrong_password_says_so_a_right_one_opens_and_logging_out_closes(empty):
     empty.open("/")
-    ours, empty.cookie = empty.cookie, None
+    elsewhere, empty.cookie = empty.cookie, None
     empty.log_in("wrong")
     assert empty.one("[role=alert]").text == "This is not the login of an administrator."
     assert "What is wrong" not in empty.text
@@ -298,7 +298,12 @@ def test_a_wrong_password_says_so_a_right_one_opens_and_logging_out_closes(empty
     assert "Administrator" in empty.text
     empty.driver.get(empty.url + "/")
     assert "What is wrong" not in empty.text
-    empty.cookie = ours
+    empty.cookie = elsewhere
+    empty.open("/")
+    assert "Administrator" in empty.text
+    empty.cookie = None
+    empty.log_in()
+    empty.cookie = empty.driver.get_cookie("bgtasks")["value"]
 
 
 # -- what is shown

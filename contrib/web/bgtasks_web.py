@@ -3,12 +3,12 @@
 
 `application` is a WSGI application; `python3 bgtasks_web.py [--port=8080] [--KEY=VALUE ...]` serves
 it on loopback for a look, `python3 bgtasks_web.py --html=FILE` writes the status page as one file.
-Nothing answers until the param file holds a `web_token` of at least 32 characters, or an
-administrator is registered. README.md beside this file has the paths and the entries for hosts.
+Nothing answers until the param file holds a `web_token`, or an administrator is registered.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import fcntl
 import hashlib
@@ -22,23 +22,21 @@ import subprocess
 import sys
 import threading
 import traceback
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
 import bgtasks
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 PROGRAM, VERSION = bgtasks.__file__, bgtasks.__version__
 MOST_BODY, MOST_QUERY, MOST_COOKIE = 4096, 1024, 8192  # other applications leave cookies too
 SESSION_SECONDS, FREE_GUESSES, MOST_WAIT = 12 * 3600, 5, 900.0
 SHORTEST_INTERVAL = 20.0  # seconds between two wake-ups
 RANGES = {"6h": 6, "1d": 24, "3d": 72, "7d": 168}  # hours shown before now, and after
-MOST_DRAWN, MOST_SLOTS = 3000, 60
+MOST_DRAWN, MOST_SLOTS, MOST_COUNTED = 3000, 60, 1000
 GOOD = ("done", "nothing", "more", "running")
 ACTIONS = {"request": "requested", "pause": "paused", "resume": "resumed", "clear": "cleared"}
 ALWAYS = {
@@ -97,8 +95,10 @@ def read_request(environ: Mapping[str, Any]) -> Request:
     base = quote("/" + _text(environ, "SCRIPT_NAME").strip("/")).rstrip("/")  # never //host
     secure = environ["wsgi.url_scheme"] == "https"
     body = _body(environ).decode("utf-8", "replace") if method == "POST" else ""
-    with said_if_bad("fields"):
+    try:
         return Request(method, parts, _pairs(query), _pairs(body), headers, address, base, secure)
+    except ValueError as error:  # too many of them
+        raise said("400 Bad Request", {"error": f"fields: {error}"}) from None
 
 
 def _body(environ: Mapping[str, Any]) -> bytes:
@@ -114,13 +114,11 @@ def _pairs(text: str) -> dict[str, str]:
     return {key: values[-1] for key, values in parse_qs(text, max_num_fields=50).items()}
 
 
-@contextmanager
-def said_if_bad(what: str) -> Generator[None, None, None]:
-    """Turn a ValueError into a 400 that names what is wrong."""
-    try:
-        yield
-    except ValueError as error:
-        raise said("400 Bad Request", {"error": f"{what}: {error}"}) from None
+def want(method: str, request: Request) -> bool:
+    """Return True, or raise 405 for a request by another method."""
+    if request.method != method:
+        raise said("405 Method Not Allowed", Allow=method)
+    return True
 
 
 # -- who asks
@@ -137,8 +135,7 @@ class Site(NamedTuple):
 
 def refuse_guesser(site: Site, address: str, *, count: bool) -> None:
     """Raise 429 for an address, or a crowd, that guessed wrong too often; count one guess more.
-
-    Both in one transaction: of a thousand requests at once no more than the free ones get on."""
+    In one transaction, so that of a thousand requests at once only the free ones get on."""
     now = site.clock.now()
     with site.store if count else nullcontext():
         for name, free in ((f"wrong:{address}", FREE_GUESSES), ("wrong", 20 * FREE_GUESSES)):
@@ -151,33 +148,16 @@ def refuse_guesser(site: Site, address: str, *, count: bool) -> None:
                 site.store.put("fact", {"name": name, "value": value}, "name")
 
 
-def forget_guesses(site: Site, address: str) -> None:
-    with site.store:
-        for name in (f"wrong:{address}", "wrong"):
-            site.store.put("fact", {"name": name, "value": "[0, 0]"}, "name")
-
-
-def has_token(site: Site, given: str) -> bool:
-    """Tell if a token is ours, in a time that does not depend on what is wrong with it."""
-    token = site.settings.web_token
-    ours, theirs = (hashlib.sha256(text.encode()).digest() for text in (token, given))
-    return hmac.compare_digest(ours, theirs) and bool(token)
-
-
 def has_password(site: Site, address: str, login: str, password: str) -> bool:
-    """Tell if a login is that of an administrator; an unknown one takes as long."""
-    admins = site.store.admins()
-    known = admins.get(login) or f"scrypt${bgtasks.SCRYPT}${'00' * 16}${'00' * 64}"
-    _, n, r, p, salt, _ = known.split("$")
+    """Tell if a login is that of an administrator; a wrong one is noted."""
     path = os.path.join(site.settings.state_dir, "locks", "login.lock")
     with open(bgtasks.append_to(path), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time: each takes 16 MiB
-        found = bgtasks.hashed(password, salt, f"{n}${r}${p}")
-    if hmac.compare_digest(found, known) and login in admins:
-        return True
-    what = f"wrong login {bgtasks.shortened(login)!r}"
-    site.store.note_event("", f"web {address}", site.clock.now(), what)
-    return False
+        right = bgtasks.is_login(site.store.admins(), login, password)
+    if not right:
+        what = f"wrong login {bgtasks.shortened(login)!r}"
+        site.store.note_event("", f"web {address}", site.clock.now(), what)
+    return right
 
 
 def require_token(site: Site, request: Request) -> None:
@@ -185,7 +165,9 @@ def require_token(site: Site, request: Request) -> None:
     kind, _, given = request.headers["AUTHORIZATION"].partition(" ")
     if kind.lower() == "bearer" and 0 < len(given) <= MOST_QUERY:
         refuse_guesser(site, request.address, count=False)
-        if has_token(site, given.strip()):
+        token = site.settings.web_token
+        ours, theirs = (hashlib.sha256(text.encode()).digest() for text in (token, given.strip()))
+        if hmac.compare_digest(ours, theirs) and token:  # takes as long whatever is wrong
             return
         refuse_guesser(site, request.address, count=True)
     raise said("401 Unauthorized", WWW_Authenticate='Bearer realm="bgtasks"')
@@ -201,16 +183,21 @@ def signed(site: Site, text: str) -> str:
     return hmac.new(bytes.fromhex(key), text.encode("utf-8", "replace"), "sha256").hexdigest()
 
 
+def sealed(site: Site, text: str, login: str) -> str:
+    """Return the signature of a session; logging out and a new password end all of a login's."""
+    known, left = site.store.admins().get(login), site.store.fact(f"logout:{login}")
+    return signed(site, f"{text} {known} {left}")
+
+
 def session(site: Site, request: Request) -> tuple[str, str] | None:
     """Return the login of a session and its CSRF token, None without a valid session."""
-    cookies = [part.strip() for part in request.headers["COOKIE"].split(";")]
-    ours = next((part[8:] for part in cookies if part.startswith("bgtasks=")), "")
-    found = re.fullmatch(r"(((?:[0-9a-f]{2})+)\.([0-9]{1,12})\.[0-9a-f]{16})\.([0-9a-f]{64})", ours)
+    form = r"(?:^|;) *bgtasks=(((?:[0-9a-f]{2})+)\.([0-9]{1,12})\.[0-9a-f]{16})\.([0-9a-f]{64})\b"
+    found = re.search(form, request.headers["COOKIE"])
     text, login, until, signature = found.groups() if found else ("", "", "0", "")
     name = bytes.fromhex(login).decode("utf-8", "replace")
-    known = site.store.admins().get(name, "")  # a new password ends the sessions of the old one
-    right = hmac.compare_digest(signed(site, f"{text} {known}"), signature)
-    if not (right and known and int(until) >= site.clock.now()):
+    if not hmac.compare_digest(sealed(site, text, name), signature):
+        return None
+    if name not in site.store.admins() or int(until) < site.clock.now():
         return None
     return name, signed(site, f"csrf {text}")
 
@@ -219,9 +206,7 @@ def session(site: Site, request: Request) -> tuple[str, str] | None:
 
 
 def wake(site: Site, every: float = SHORTEST_INTERVAL) -> Answer:
-    """Start a runner in a session of its own, unless one is at work or was within ``every`` s.
-
-    Its stdin is the lock that says so; it gets an order that nobody else can sign."""
+    """Start a runner, unless one is at work or was within ``every`` s: its stdin is that lock."""
     path = os.path.join(site.settings.state_dir, "locks", "web.lock")
     lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     with open(lock, "w"):
@@ -232,9 +217,13 @@ def wake(site: Site, every: float = SHORTEST_INTERVAL) -> Answer:
         woken, now = os.fstat(lock), site.clock.now()
         if woken.st_size and 0 <= now - woken.st_mtime < every:
             return said("202 Accepted", {"started": False, "reason": "a runner was here just now"})
-        order, out = f"{now:.0f}", subprocess.DEVNULL
-        argv = [_python(), os.path.realpath(__file__), f"--wake={order}.{signed(site, order)}"]
+        python, out = sys.executable or "", subprocess.DEVNULL
+        if not os.path.basename(python).startswith("python"):  # a server that embeds one
+            python = os.path.join(sys.exec_prefix, "bin", "python3")
+        argv = [python, os.path.realpath(__file__), f"--wake={signed(site, 'wake')}"]
         argv += [f"--{key}={value}" for key, value in site.arguments.items()]
+        if site.settings.web_inline:
+            argv += [f"--cron_max_execution_time={site.settings.web_max_execution_time}"]
         runner = subprocess.Popen(argv, stdin=lock, stdout=out, stderr=out, start_new_session=True)
         os.pwrite(lock, b"woken\n", 0)  # only now: one that could not start keeps nobody waiting
     if site.settings.web_inline:
@@ -246,13 +235,6 @@ def wake(site: Site, every: float = SHORTEST_INTERVAL) -> Answer:
     return said("202 Accepted", {"started": True})
 
 
-def _python() -> str:
-    """Return the interpreter; a web server that embeds one may call itself that."""
-    if os.path.basename(sys.executable or "").startswith("python"):
-        return sys.executable
-    return os.path.join(sys.exec_prefix, "bin", "python3")
-
-
 class WokenRunner(bgtasks.Runner):
     """A runner that gives back the lock on its stdin before it waits for what overran."""
 
@@ -261,18 +243,12 @@ class WokenRunner(bgtasks.Runner):
         super()._drain()
 
 
-def run_ordered(order: str, arguments: Mapping[str, str]) -> int:
-    """Be the runner, if the order was signed within the last minute."""
-    os.umask(0o077)
-    settings, clock = bgtasks.read_settings(arguments, PROGRAM), bgtasks.Clock()
-    made, _, signature = order.partition(".")
+def run_ordered(order: str, settings: bgtasks.Settings) -> int:
+    """Be the runner, if the application has ordered it; else whoever wakes must log in."""
+    clock = bgtasks.Clock()
     with closing(bgtasks.Store(os.path.join(settings.state_dir, "bgtasks.db"))) as store:
-        right = hmac.compare_digest(signed(Site(settings, store, clock, {}), made), signature)
-    if not right or abs(clock.now() - float(made)) > 60:
-        return 77
-    if settings.web_inline:
-        seconds = {"cron_max_execution_time": settings.web_max_execution_time}
-        settings = settings._replace(values={**settings.values, **seconds})
+        if not hmac.compare_digest(signed(Site(settings, store, clock, {}), "wake"), order):
+            return 77
     with closing(bgtasks.open_for_work(settings, clock, trusted=True)) as store:
         notifier = bgtasks.Notifier(settings, store, clock)
         WokenRunner(settings, store, clock, "web", notifier.tell).wake_up()
@@ -289,8 +265,10 @@ def act(site: Site, name: str, action: str, by: str, form: Mapping[str, str]) ->
     if action not in (*ACTIONS, "kill") or not store.task(name):
         raise said("404 Not Found")
     if action == "pause":
-        with said_if_bad("for"):
+        try:
             until = now + bgtasks.read_duration(form["for"]) if form.get("for") else None
+        except ValueError as error:
+            raise said("400 Bad Request", {"error": f"for: {error}"}) from None
         bgtasks.pause(store, name, by, now, until, bgtasks.shortened(form.get("note", ""), 200))
     elif action == "kill":
         if not bgtasks.ask_to_end(site.settings, store, name, by, now):
@@ -304,15 +282,15 @@ def api(site: Site, request: Request) -> Answer:
     """Answer the web service: the keys are those of the commands."""
     parts = request.path[1:]
     require_token(site, request)
-    if request.method == "POST" and len(parts) == 2:
+    if len(parts) == 2 and want("POST", request):
         done = act(site, *parts, "web token", request.form)
         return said("200 OK", {"task": parts[0], "done": done})
-    if request.method == "GET" and parts == ("status",):
+    if parts == ("status",) and want("GET", request):
         return said("200 OK", bgtasks.status(site.settings, site.store, site.clock))
-    if request.method == "GET" and parts == ("history",):
+    if parts == ("history",) and want("GET", request):
         count = request.query.get("count", "20")
-        if not (count.isascii() and count.isdigit() and 0 < int(count) <= 10_000):
-            raise said("400 Bad Request", {"error": "count: 1 to 10000"})
+        if not (count.isascii() and count.isdigit() and 0 < int(count) <= MOST_COUNTED):
+            raise said("400 Bad Request", {"error": f"count: 1 to {MOST_COUNTED}"})
         runs = site.store.history(request.query.get("task"), int(count))
         return said("200 OK", [bgtasks.run_row(run) for run in runs])
     raise said("404 Not Found")
@@ -327,67 +305,93 @@ def h(value: object) -> str:
 
 
 STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#57606a;--line:#d0d7de;--card:#f6f8fa;
---good:#1a7f37;--bad:#cf222e;--warn:#8a5300;--link:#0550ae;--more:#6639ba}
-@media(prefers-color-scheme:dark){:root{--bg:#0d1117;--fg:#e6edf3;--dim:#9da7b3;--line:#3d444d;
---card:#161b22;--good:#3fb950;--bad:#ff7b72;--warn:#d29922;--link:#79b8ff;--more:#bc8cff}}*{
-box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.45 system-ui,
-sans-serif}header,main,footer{max-width:75rem;margin:auto;padding:.7rem 1rem}header{display:flex;
-gap:.5rem 1rem;align-items:center;flex-wrap:wrap;border-bottom:1px solid var(--line)}h1{font-size:
-1.25rem;margin:0}h2{font-size:1.05rem;margin:1.4rem 0 .4rem}p,ul{margin:.4rem 0}a{color:var(--link)}
-.dim,.find span,footer,::placeholder{color:var(--dim);opacity:1}.bad{color:var(--bad)}.warn{color:
-var(--warn)}.good{color:var(--good)}.scroll{overflow-x:auto}table{border-collapse:collapse;width:
-100%}th,td{padding:.25rem .6rem .25rem 0;text-align:left;border-bottom:1px solid var(--line);
-vertical-align:top;white-space:nowrap}td:last-child{white-space:normal;min-width:12rem}th{color:
-var(--dim);font-weight:600}.find{list-style:none;padding:0}.find li{padding:.3rem .6rem;margin:
-.3rem 0;background:var(--card);border-left:4px solid var(--warn)}.find .l2{border-color:var(--bad)}
-pre{background:var(--card);padding:.75rem;overflow:auto;max-height:32rem;white-space:pre-wrap;
-overflow-wrap:anywhere}button,input{font:inherit;padding:.25rem .7rem;border:1px solid var(--dim);
-border-radius:.3rem;background:var(--card);color:var(--fg)}header form,.acts,.acts form{display:
-inline-flex;flex-wrap:wrap;gap:.5rem;align-items:center}:focus-visible{outline:3px solid
-var(--link);outline-offset:1px}.scroll:focus-visible,pre{outline-offset:-3px}.stale{outline:.3rem
-solid var(--bad);outline-offset:-.3rem}.stale header{background:var(--bad);:not(button){color:
-var(--bg)}.dim::after{content:" - out of date"}}.skip{position:absolute;left:-99rem}.skip:focus{
-position:static}.lanes{display:flex}.lanes ol{position:sticky;left:0;z-index:1;flex:none;width:
-10rem;margin:0;padding:22px 0 0;list-style:none;background:var(--bg)}.lanes li{font-size:13px;
-line-height:24px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}.lanes svg{flex:none;
-width:980px}svg text{fill:var(--fg);font-size:12px}svg .dim{fill:var(--dim)}.lane{stroke:
-var(--line)}.planned{stroke:var(--dim)}.now{stroke:var(--bad);stroke-width:2}.done,.nothing{fill:
-var(--good)}.more{fill:var(--more)}.failed,.timed_out,.interrupted{fill:var(--bad)}.killed,.missed{
-fill:none;stroke:var(--warn)}.running{fill:var(--link)}svg .tip{display:none;paint-order:stroke;
-stroke:var(--bg);stroke-width:5px}.run:is(:hover,:focus){.tip{display:block}:not(text){stroke:
-var(--fg);stroke-width:2}}.key{width:16px;height:16px;vertical-align:-3px}.chart{max-width:720px}
-@media(max-width:40rem){.wide{display:none}.lanes ol{width:6rem}}
+:root { color-scheme: light dark; --bg: #fff; --fg: #1b1f24; --dim: #57606a; --line: #d0d7de;
+  --card: #f6f8fa; --good: #1a7f37; --bad: #cf222e; --warn: #8a5300;
+  --link: #0550ae; --more: #6639ba }
+@media (prefers-color-scheme: dark) { :root { --bg: #0d1117; --fg: #e6edf3; --dim: #9da7b3;
+  --line: #3d444d; --card: #161b22; --good: #3fb950; --bad: #ff7b72; --warn: #d29922;
+  --link: #79b8ff; --more: #bc8cff } }
+* { box-sizing: border-box } p, ul { margin: .4rem 0 } a { color: var(--link) }
+body { margin: 0; background: var(--bg); color: var(--fg); font: 15px/1.45 system-ui, sans-serif }
+header, main { max-width: 75rem; margin: auto; padding: .7rem 1rem }
+header { display: flex; flex-wrap: wrap; gap: 1rem; border-bottom: 1px solid var(--line) }
+h1 { font-size: 1.25rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.4rem 0 .4rem }
+.dim, .find span, ::placeholder { color: var(--dim); opacity: 1 }
+.good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) }
+table { border-collapse: collapse; width: 100% } th { color: var(--dim); font-weight: 600 }
+th, td { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
+td { vertical-align: top; white-space: nowrap }
+.find { list-style: none; padding: 0; overflow-wrap: anywhere }
+.find li { margin: .3rem 0; padding: .3rem .6rem; border-left: 4px solid var(--warn) }
+.find .l2 { border-color: var(--bad) } .find li, pre, button, input { background: var(--card) }
+pre { padding: .75rem; max-height: 32rem; overflow: auto; white-space: pre-wrap }
+button, input { padding: .25rem .7rem; border: 1px solid var(--dim); border-radius: .3rem }
+button, input { color: var(--fg); font: inherit } pre { overflow-wrap: anywhere }
+header form, .acts, .acts form { display: inline-flex; flex-wrap: wrap; gap: .5rem }
+.scroll { overflow-x: auto } td:last-child { white-space: normal; min-width: 12rem }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px }
+.stale { outline: .3rem solid var(--bad); outline-offset: -.3rem }
+.stale header { background: var(--bad); :not(button) { color: var(--bg) } }
+.stale header .dim::after { content: " - out of date" } .lanes { display: flex }
+.skip { position: absolute; left: -99rem } .skip:focus { position: static }
+.lanes svg { flex: none; width: 980px } .scroll:focus-visible, pre { outline-offset: -3px }
+.lanes ol { position: sticky; left: 0; flex: none; width: min(10rem, 27vw); margin: 0; z-index: 1;
+  padding: 22px 0 0; background: var(--bg); list-style: none; font: 13px/24px sans-serif }
+.lanes li { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+svg text { fill: var(--fg); font-size: 12px } svg .dim { fill: var(--dim) }
+.lane { stroke: var(--line) } .planned { stroke: var(--dim) } .more { fill: var(--more) }
+.now { stroke: var(--bad); stroke-width: 2 } .killed, .missed { fill: none; stroke: var(--warn) }
+.done, .nothing { fill: var(--good) } .failed, .timed_out, .interrupted { fill: var(--bad) }
+.running { fill: var(--link) } .run:is(:hover, :focus) .tip { display: block }
+.tip { display: none; paint-order: stroke; stroke: var(--bg); stroke-width: 5px }
+.run:is(:hover, :focus) :not(text) { stroke: var(--fg); stroke-width: 2 }
+.key { width: 16px; height: 16px; vertical-align: -3px } .chart { max-width: 720px }
+@media (max-width: 40rem) { :is(th, td):nth-child(n + 5):not(:last-child) { display: none } }
 """
 # The page draws itself anew in place, and turns red when it is older than it promises.
 SCRIPT = """
-const b=document.body,every=()=>b.dataset.every*1e3,x=b.querySelector(".lanes");
-let fresh=document.forms.length?Date.now():b.dataset.made*1e3;function draw(o,n){if(o.isEqualNode(
-n))return;if(o.nodeName!==n.nodeName)return o.replaceWith(n);if(o.nodeType===3){const s=o.data,
-t=n.data;let i=0,j=0;while(i<s.length&&s[i]===t[i])i++;while(j<Math.min(s.length,t.length)-i&&s.at(
--1-j)===t.at(-1-j))j++;return o.replaceData(i,s.length-i-j,t.slice(i,t.length-j))}for(
-const a of[...o.attributes])n.hasAttribute(a.name)||o.removeAttribute(a.name);for(
-const a of n.attributes)o.getAttribute(a.name)===a.value||o.setAttribute(a.name,a.value);
-const was=[...o.childNodes],is=[...n.childNodes];was.slice(is.length).forEach(c=>c.remove());
-is.forEach((c,i)=>was[i]?draw(was[i],c):o.append(c))}async function again(){try{const r=await fetch(
-location.href,{cache:"no-store",signal:AbortSignal.timeout(3*every())}),t=(await r.text()).replace(
-/^.*?<body/s,"<body"),f=document.activeElement,d=new DOMParser().parseFromString(t,
-"text/html").body,age=Date.parse(r.headers.get("date"))-d.dataset.made*1e3,to=f.getAttribute(
-"href"),near=f.closest(".scroll")||b;if(r.ok&&d.querySelector("main")){
-b.dataset.every=d.dataset.every;if(!(age>3*every()))fresh=Date.now();for(const k of["header",
-"main"])draw(b.querySelector(k),d.querySelector(k));if(to&&document.activeElement.getAttribute(
-"href")!==to)near.querySelector(`a[href="${to}"]`)?.focus({preventScroll:true})}}catch(e){
-}setTimeout(again,every())}setTimeout(location.protocol==="file:"?()=>location.reload():again,every(
-));setInterval(()=>b.classList.toggle("stale",Date.now()-fresh>3*every()),1e3);if(x)x.scrollLeft=(
-x.scrollWidth-x.clientWidth)/2;
+const page = document.body, every = () => page.dataset.every * 1000;
+let fresh = document.forms.length ? Date.now() : page.dataset.made * 1000;  // that is a file
+
+function draw(old, now) {  // what did not change keeps focus, selection and place
+  if (old.isEqualNode(now)) return;
+  if (now.data?.startsWith(old.data)) return old.appendData(now.data.slice(old.data.length));
+  if (old.nodeName !== now.nodeName || now.data) return old.replaceWith(now);
+  for (const name of old.getAttributeNames()) now.hasAttribute(name) || old.removeAttribute(name);
+  for (const { name, value } of now.attributes) old.setAttribute(name, value);
+  const were = [...old.childNodes], are = [...now.childNodes];
+  were.slice(are.length).forEach(node => node.remove());
+  are.forEach((node, i) => were[i] ? draw(were[i], node) : old.append(node));
+}
+
+async function again() {
+  try {
+    const answer = await fetch(location.href, { signal: AbortSignal.timeout(3 * every()) });
+    if (!answer.ok) throw answer;
+    const text = (await answer.text()).replace(/^.*?<body/s, "<body");
+    const now = new DOMParser().parseFromString(text, "text/html").body;
+    const focus = document.activeElement, href = focus.getAttribute("href");
+    const near = focus.closest(".scroll") || page;
+    for (const part of ["header", "main"]) draw(page.querySelector(part), now.querySelector(part));
+    page.dataset.every = now.dataset.every;
+    fresh = Date.now();
+    if (href && document.activeElement.getAttribute("href") !== href)
+      near.querySelector(`a[href="${href}"]`)?.focus({ preventScroll: true });
+  } catch { }  // no such page: the server is gone, and this one turns red
+  setTimeout(again, every());
+}
+for (const lanes of page.querySelectorAll(".lanes"))
+  lanes.scrollLeft = (lanes.scrollWidth - lanes.clientWidth) / 2;
+setTimeout(location.protocol === "file:" ? () => location.reload() : again, every());
+setInterval(() => page.classList.toggle("stale", Date.now() - fresh > 3 * every()), 1000);
 """
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>{title} - bgtasks</title>
 <style nonce="{page.nonce}">{style}</style><noscript><meta http-equiv="refresh" content="{every}0">
 </noscript></head><body data-every="{every}" data-made="{now:.0f}">
-<a class="skip" href="#content">To the content</a><header><h1>{home}
-{node}</h1><span class="dim">as of {made}</span>{menu}</header>
-<main id="content">{content}</main><footer>{version}</footer>
+<a class="skip" href="#content">To the content</a>
+<header><h1>{home}</h1><span class="dim">as of {made}</span>{menu}</header>
+<main id="content">{content}</main>
 <script nonce="{page.nonce}">{script}</script></body></html>
 """
 
@@ -403,15 +407,12 @@ class Page(NamedTuple):
 
     def answer(self, title: str, content: str, every: int = 999, status: str = "200 OK") -> Answer:
         """Return the whole page; every so many seconds it is drawn anew."""
-        now = self.site.clock.now()
+        now, known = self.site.clock.now(), bool(self.login)
+        home = f'<a href="{self.base}/">bgtasks</a>' if known else "bgtasks"
         menu = self.button("/wake", "Wake") + self.button("/logout", "Log out")
-        texts = {"made": bgtasks.iso(now), "title": title, "node": "", "version": ""}
-        if title != "Log in":  # that is for everybody
-            texts.update(node=f"on {self.site.settings.node}", version=f"bgtasks {VERSION}")
-        values = {"page": self, "content": content, "every": every, "now": now, "style": STYLE}
-        home = f'<a href="{self.base}/">bgtasks</a>' if self.login else "bgtasks"
-        values.update(script=SCRIPT, menu=menu * bool(self.login), home=home)
-        text = PAGE.format(**{key: h(value) for key, value in texts.items()}, **values)
+        values = {"title": h(title), "home": home, "menu": menu * known, "content": content}
+        values.update(style=STYLE, script=SCRIPT, made=h(bgtasks.iso(now)))
+        text = PAGE.format(page=self, every=every, now=now, **values)
         nonce = f"'nonce-{self.nonce}'"
         policy = f"default-src 'none'; style-src {nonce}; script-src {nonce}; connect-src 'self'; "
         policy += "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -430,8 +431,8 @@ class Page(NamedTuple):
 
 
 def login_page(page: Page, wrong: str = "") -> Answer:
-    text = f'<p class="bad" role="alert">{h(wrong)}</p>' * bool(wrong)
-    content = f"""<h2>Log in</h2>{text}<form method="post" action="{page.base}/login">
+    content = f"""<h2>Log in</h2>{f'<p class="bad" role="alert">{h(wrong)}</p>' * bool(wrong)}
+<form method="post" action="{page.base}/login">
 <p><label>Administrator<br><input name="user" autocomplete="username" required></label></p>
 <p><label>Password<br><input name="password" type="password" autocomplete="current-password"
 required></label></p><button>Log in</button></form>"""
@@ -443,12 +444,10 @@ def scrolled(label: str, what: str, more: str = "") -> str:
     return f'<div class="scroll{more}" tabindex="0" role="region" aria-label="{label}">{what}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], wide: Sequence[str] = ()) -> str:
-    """Return a table; the columns that are ``wide`` are left out on a narrow screen."""
-    kinds = [' class="wide"' if title in wide else "" for title in head]
-    text = "".join(f'<th scope="col"{kind}>{h(title)}</th>' for title, kind in zip(head, kinds))
-    body = (f"<tr>{''.join(f'<td{k}>{c}</td>' for c, k in zip(row, kinds))}</tr>" for row in rows)
-    shown = f"<table><thead><tr>{text}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    text = "".join(f'<th scope="col">{title}</th>' for title in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    shown = f"<table><thead><tr>{text}</tr></thead><tbody>{body}</tbody></table>"
     return scrolled(f"Table: {head[0]}", shown)
 
 
@@ -476,17 +475,16 @@ def status_page(page: Page, query: Mapping[str, str]) -> Answer:
         f"{_alive(page, found, now)}{_running(page, running, now)}"
         f"<h2>What comes next</h2><p>{coming or 'Nothing is planned.'}</p>"
         f"<h2>Timeline</h2><p>{ranges}</p>{timeline(page, shown, RANGES[span] * 3600.0, now)}"
-        f'<h2 id="tasks">Tasks</h2>{table(head, cells, head[4:])}'
+        f'<h2 id="tasks">Tasks</h2>{table(head, cells)}'
     )
     return page.answer("Status", content, every=(5 if running else 30) if page.login else 300)
 
 
 def _alive(page: Page, found: Mapping[str, Any], now: float) -> str:
-    last, items = found["last_wakeup"] or {"started_at": None}, ""
-    moment = bgtasks.when(last["started_at"], now)
-    woken = (
-        f"Last wake-up {moment} by {last['user']}, {last['result']}." if moment else "Never woken."
-    )
+    last, woken, items = found["last_wakeup"], "Never woken.", ""
+    if last:
+        moment = bgtasks.when(last["started_at"], now)
+        woken = f"Last wake-up {moment} by {last['user']}, {last['result']}."
     names = {task["name"] for task in found["tasks"] if task["state"] != "ignored"}
     wrong = [*bgtasks.judge_tasks(found["tasks"], now)]
     wrong += bgtasks.judge_wakeups(page.site.settings, page.site.store, now)
@@ -495,8 +493,9 @@ def _alive(page: Page, found: Mapping[str, Any], now: float) -> str:
         what = f"<strong>{('', 'Warning', 'Critical')[level]}: {who}</strong> {h(text)}"
         items += f'<li class="l{level}">{what} <span>&#8594; {h(way)}</span></li>' * bool(level)
     paused = '<p class="warn"><strong>Maintenance: nothing starts.</strong></p>'
+    woken = f"<p>{h(found['node'])}, bgtasks {VERSION}. {h(woken)}</p>"
     verdict = f'<ul class="find">{items}</ul>' if items else '<p class="good">All is well.</p>'
-    return f"<p>{h(woken)}</p>{paused * bool(found['maintenance'])}<h2>What is wrong</h2>{verdict}"
+    return f"{woken}{paused * bool(found['maintenance'])}<h2>What is wrong</h2>{verdict}"
 
 
 def _running(page: Page, running: Sequence[Mapping[str, Any]], now: float) -> str:
@@ -519,7 +518,6 @@ def _task_cells(page: Page, task: Mapping[str, Any], now: float) -> Sequence[str
 
 
 # -- pictures, drawn on the server
-
 
 # of the outcomes, around 0, 0, so that colour is not the only sign
 PATHS = """done:M-2-6h4v12h-4z nothing:M-4-1h8v2h-8z more:M-3-6l7,6l-7,6z killed:M-4-4h8v8h-8z
@@ -605,15 +603,14 @@ def task_page(page: Page, name: str) -> Answer:
     runs = site.store.history(name, 60)
     here = f"/task/{quote(name)}"
     note = '<label>for <input name="for" size="6" placeholder="2 h"></label> '
-    buttons = [page.button(f"{here}/request", "Run at the next look")]
-    pause = ("pause", "Pause", note) if task["state"] != "paused" else ("resume", "Resume", "")
-    buttons += [page.button(f"{here}/{pause[0]}", *pause[1:])]
-    buttons += [page.button(f"{here}/kill", "End its run")] * task["running"]
-    buttons += [page.button(f"{here}/clear", "Seen: clear")]
+    acts = page.button(f"{here}/request", "Run at the next look")
+    acts += page.button(f"{here}/pause", "Pause", note) * (task["state"] != "paused")
+    acts += page.button(f"{here}/resume", "Resume") * (task["state"] == "paused")
+    acts += page.button(f"{here}/kill", "End its run") * task["running"]
+    acts += page.button(f"{here}/clear", "Seen: clear")
     why = "".join(f"<li>{h(text[:1].upper())}{h(text[1:])}.</li>" for text in said_of)
     content = (
-        f"<h2>{h(name)}</h2><p>{h(task['description'])}</p>"
-        f"<div class='acts'>{''.join(buttons)}</div>"
+        f"<h2>{h(name)}</h2><p>{h(task['description'])}</p><div class='acts'>{acts}</div>"
         f"{_running(page, [task], now) if task['running'] else ''}"
         f"<h2>Why it ran, or did not</h2><ul>{why}</ul>"
         f"<h2>How long it took</h2>{durations(runs)}<h2>History</h2>{_history(page, runs, now)}"
@@ -624,14 +621,14 @@ def task_page(page: Page, name: str) -> Answer:
 def _history(page: Page, runs: Sequence[Mapping[str, Any]], now: float) -> str:
     rows: list[Sequence[str]] = []
     for run in runs:
+        started = bgtasks.when(bgtasks.iso(run["started_at"]), now)
         took = bgtasks.duration(run["ended_at"] - run["started_at"]) if run["ended_at"] else ""
-        link = page.link("run", run["id"])
-        started = h(bgtasks.when(bgtasks.iso(run["started_at"]), now))
-        volume = h("" if run["volume"] is None else run["volume"])
-        about, trigger = h(bgtasks.joined(run["reason"], run["message"])), h(run["trigger"])
-        rows.append((link, started, h(took), outcome(run["outcome"]), volume, trigger, about))
+        volume = "" if run["volume"] is None else run["volume"]
+        first = (page.link("run", run["id"]), h(started), h(took), outcome(run["outcome"]))
+        about = bgtasks.joined(run["reason"], run["message"])
+        rows.append((*first, h(volume), h(run["trigger"]), h(about)))
     head = ("Run", "Started", "Took", "Outcome", "Volume", "Trigger", "About")
-    return table(head, rows, ("Volume", "Trigger"))
+    return table(head, rows)
 
 
 def run_page(page: Page, number: str) -> Answer:
@@ -656,21 +653,22 @@ def run_page(page: Page, number: str) -> Answer:
 
 def pages(site: Site, request: Request) -> Answer:
     """Answer what a browser asks for; without a session that is the login."""
-    found = session(site, request)
+    found, now = session(site, request), site.clock.now()
     login, csrf = found or ("", "")
     page = Page(site, request.base, login, csrf, secrets.token_urlsafe(16))
     path, home = request.path, request.base + "/"
-    cookie = f"; Path={home}; HttpOnly; SameSite=Strict" + "; Secure" * request.secure
     if path == ("login",) and request.method == "POST":
         refuse_guesser(site, request.address, count=True)
         user, password = (request.form.get(key, "") for key in ("user", "password"))
         if not has_password(site, request.address, user, password):
             return login_page(page, "This is not the login of an administrator.")
-        forget_guesses(site, request.address)
-        until = int(site.clock.now()) + SESSION_SECONDS
-        text = f"{user.encode().hex()}.{until}.{secrets.token_hex(8)}"
-        signature = signed(site, f"{text} {site.store.admins().get(user)}")
-        cookie = f"bgtasks={text}.{signature}{cookie}"
+        forget = "UPDATE fact SET value = '[0, 0]' WHERE name IN (?, ?)"
+        site.store.execute(forget, (f"wrong:{request.address}", "wrong"))
+        text = f"{user.encode().hex()}.{now + SESSION_SECONDS:.0f}.{secrets.token_hex(8)}"
+        cookie = (
+            f"bgtasks={text}.{sealed(site, text, user)}; Path={home}; HttpOnly; SameSite=Strict"
+        )
+        cookie += "; Secure" * request.secure
         return Answer("303 See Other", Location=home, Set_Cookie=cookie)
     if found is None:
         return login_page(page, "You are not logged in." * (request.method == "POST"))
@@ -678,21 +676,21 @@ def pages(site: Site, request: Request) -> Answer:
         given = request.form.get("csrf", "").encode("utf-8", "replace")
         if not hmac.compare_digest(given, csrf.encode()):
             raise said("403 Forbidden", {"error": "the form is too old; load the page again"})
-        if path == ("logout",):
-            cookie = f"bgtasks={cookie}; Max-Age=0"
-            return Answer("303 See Other", Location=home, Set_Cookie=cookie)
         if path == ("wake",):
             wake(site)
-            return Answer("303 See Other", Location=home)
-        if len(path) == 3 and path[0] == "task":
+        elif path == ("logout",):
+            site.store.put("fact", {"name": f"logout:{login}", "value": str(now)}, "name")
+        elif len(path) == 3 and path[0] == "task":
             act(site, path[1], path[2], f"web {login}", request.form)
-            return Answer("303 See Other", Location=f"{home}task/{quote(path[1])}")
-    elif not path:
+            home += f"task/{quote(path[1])}"
+        else:
+            raise said("404 Not Found")
+        return Answer("303 See Other", Location=home)
+    if path in ((), ("login",)):
         return status_page(page, request.query)
-    elif len(path) == 2 and path[0] == "task":
-        return task_page(page, path[1])
-    elif len(path) == 2 and path[0] == "run":
-        return run_page(page, path[1])
+    kinds = {"task": task_page, "run": run_page}
+    if len(path) == 2 and path[0] in kinds:
+        return kinds[path[0]](page, path[1])
     raise said("404 Not Found")
 
 
@@ -706,27 +704,21 @@ def answered(site: Site, request: Request) -> Answer:
     if method not in ("GET", "POST"):
         raise said("405 Method Not Allowed", Allow="POST" if path[:1] == ("wake",) else "GET, POST")
     if path[:1] == ("wake",) and "csrf" not in request.form:
-        return _wake_asked(site, request)
+        if method == "GET" and len(path) == 2 and site.settings.web_allow_get:
+            request = request._replace(headers={"AUTHORIZATION": f"Bearer {path[1]}"})
+        elif want("POST", request) and len(path) > 1:
+            raise said("404 Not Found")
+        require_token(site, request)
+        return wake(site)
     if path[:1] == ("api",):
         return api(site, request)
-    if path == ("metrics",):
+    if path == ("metrics",) and want("GET", request):
         require_token(site, request)
         lines = bgtasks.metric_lines(bgtasks.status(site.settings, site.store, site.clock))
         return Answer("200 OK", "\n".join([*lines, ""]).encode(), "text/plain; version=0.0.4")
     if path == ("pixel.gif",) or not site.store.admins():
         raise said("404 Not Found")
     return pages(site, request)
-
-
-def _wake_asked(site: Site, request: Request) -> Answer:
-    if request.method == "GET":
-        if len(request.path) != 2 or not site.settings.web_allow_get:
-            raise said("405 Method Not Allowed", Allow="POST")
-        request = request._replace(headers={"AUTHORIZATION": f"Bearer {request.path[1]}"})
-    elif len(request.path) > 1:
-        raise said("404 Not Found")
-    require_token(site, request)
-    return wake(site)
 
 
 class Application:
@@ -736,9 +728,7 @@ class Application:
         file = os.environ.get("BGTASKS_PARAM_FILE", "")
         self._arguments = {**({"param_file": file} if file else {}), **arguments}
 
-    def __call__(
-        self, environ: Mapping[str, Any], start_response: Callable[..., Any]
-    ) -> Iterable[bytes]:
+    def __call__(self, environ: Mapping[str, Any], start: Callable[..., Any]) -> list[bytes]:
         try:
             answer = self._answer(environ)
         except Answer as raised:
@@ -747,7 +737,7 @@ class Application:
             traceback.print_exc()
             answer = said("503 Service Unavailable", Retry_After="30")
         headers = {"Content-Type": answer.kind, "Content-Length": str(len(answer.body))}
-        start_response(answer.status, list({**ALWAYS, **headers, **answer.headers}.items()))
+        start(answer.status, list({**ALWAYS, **headers, **answer.headers}.items()))
         return [b"" if environ.get("REQUEST_METHOD") == "HEAD" else answer.body]
 
     def _answer(self, environ: Mapping[str, Any]) -> Answer:
@@ -766,32 +756,44 @@ class Application:
 application = Application()
 
 
-def write_page(file: str, arguments: Mapping[str, str]) -> None:
+def write_page(file: str, settings: bgtasks.Settings) -> int:
     """Write the status page as one static file, for hosts that only serve files."""
-    settings = bgtasks.read_settings(arguments, PROGRAM)
     with closing(bgtasks.open_for_reading(settings)) as store:
-        site = Site(settings, store, bgtasks.Clock(), arguments)
+        site = Site(settings, store, bgtasks.Clock(), {})
         answer = status_page(Page(site, "", "", "", "page"), {})
     with open(f"{file}.new", "wb") as written:
         written.write(answer.body)
     os.replace(f"{file}.new", file)
+    return 0
 
 
-def main(words: Sequence[str]) -> int:
-    given = dict(word[2:].split("=", 1) for word in words if word[:2] == "--" and "=" in word)
-    order, file, port = (given.pop(key, "") for key in ("wake", "html", "port"))
-    if order:
-        return run_ordered(order, given)
-    if file:
-        write_page(file, given)
-        return 0
+def serve(port: int, arguments: Mapping[str, str]) -> int:
     from wsgiref import simple_server
 
     simple_server.ServerHandler.server_software = "bgtasks"  # not the version of Python
-    with simple_server.make_server("127.0.0.1", int(port or 8080), Application(**given)) as server:
+    with simple_server.make_server("127.0.0.1", port, Application(**arguments)) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
     return 0
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description="Serve the pages on loopback, for a look.")
+    parser.add_argument("--port", type=int, default=8080, help="where (8080)")
+    parser.add_argument("--html", metavar="FILE", help="write the status page as one file instead")
+    parser.add_argument("--wake", help=argparse.SUPPRESS)
+    given, rest = parser.parse_known_args(words)
+    try:
+        arguments = bgtasks.split_arguments(rest)[3]
+        settings = bgtasks.read_settings(arguments, PROGRAM)
+        if given.wake:
+            os.umask(0o077)
+            return run_ordered(given.wake, settings)
+        return write_page(given.html, settings) if given.html else serve(given.port, arguments)
+    except (bgtasks.BgtasksError, OSError) as error:
+        print(f"bgtasks_web: {bgtasks.visible(str(error))}", file=sys.stderr)
+        return getattr(error, "exit_code", bgtasks.EXIT_IO)
 
 
 if __name__ == "__main__":

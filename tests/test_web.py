@@ -405,19 +405,19 @@ def test_of_500_wake_ups_at_once_one_starts_a_runner(web):
     assert [row["result"] for row in web.site.rows("SELECT * FROM wakeup")] == ["worked"]
 
 
-def test_of_100_wake_ups_with_the_token_at_once_one_starts_a_runner(web, monkeypatch):
+def test_of_500_wake_ups_with_the_token_at_once_one_starts_a_runner(web, monkeypatch):
     monkeypatch.setattr(traceback, "print_exc", lambda: None)  # of those that found it busy
     web.make_state()
     replies = []
     threads = [
-        threading.Thread(target=lambda: replies.append(web.wake(valid=False))) for _ in range(100)
+        threading.Thread(target=lambda: replies.append(web.wake(valid=False))) for _ in range(500)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(replies) == 100
-    assert {reply.status for reply in replies} <= {202, 429, 503}
+    assert len(replies) == 500
+    assert {reply.status for reply in replies} <= {202, 503}  # 503: it was busy for a second
     assert [reply.json().get("started") for reply in replies].count(True) == 1
     wait_for(web.wakeups)
     web.rest()
@@ -550,8 +550,8 @@ def test_the_status_page_is_written_as_a_file(web):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--html"], 2, "argument --html: expected one argument"),
-        (["--port=x"], 2, "argument --port: invalid int value: 'x'"),
+        (["--html"], 64, "argument --html: expected one argument"),
+        (["--port=x"], 64, "argument --port: invalid int value: 'x'"),
         (["nonsense"], 64, "there is no command 'nonsense'; see --help"),
         (["--param_fil=x"], 64, "(did you mean 'param_file'?)"),
         (["--param_file=/nowhere"], 78, "/nowhere"),

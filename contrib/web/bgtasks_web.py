@@ -313,7 +313,7 @@ STYLE = """
   --link: #79b8ff; --more: #bc8cff } }
 * { box-sizing: border-box } p, ul { margin: .4rem 0 } a { color: var(--link) }
 body { margin: 0; background: var(--bg); color: var(--fg); font: 15px/1.45 system-ui, sans-serif }
-header, main { max-width: 75rem; margin: auto; padding: .7rem 1rem }
+header, main { max-width: 75rem; margin: auto; padding: .7rem 1rem; align-items: center }
 header { display: flex; flex-wrap: wrap; gap: 1rem; border-bottom: 1px solid var(--line) }
 h1 { font-size: 1.25rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.4rem 0 .4rem }
 .dim, .find span, ::placeholder { color: var(--dim); opacity: 1 }
@@ -779,21 +779,21 @@ def serve(port: int, arguments: Mapping[str, str]) -> int:
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description="Serve the pages on loopback, for a look.")
+    parser = argparse.ArgumentParser(description=__doc__, exit_on_error=False)
     parser.add_argument("--port", type=int, default=8080, help="where (8080)")
     parser.add_argument("--html", metavar="FILE", help="write the status page as one file instead")
     parser.add_argument("--wake", help=argparse.SUPPRESS)
-    given, rest = parser.parse_known_args(words)
     try:
+        given, rest = parser.parse_known_args(words)
         arguments = bgtasks.split_arguments(rest)[3]
         settings = bgtasks.read_settings(arguments, PROGRAM)
         if given.wake:
             os.umask(0o077)
             return run_ordered(given.wake, settings)
         return write_page(given.html, settings) if given.html else serve(given.port, arguments)
-    except (bgtasks.BgtasksError, OSError) as error:
+    except (bgtasks.BgtasksError, argparse.ArgumentError, OSError) as error:
         print(f"bgtasks_web: {bgtasks.visible(str(error))}", file=sys.stderr)
-        return getattr(error, "exit_code", bgtasks.EXIT_IO)
+        return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 64)
 
 
 if __name__ == "__main__":

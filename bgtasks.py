@@ -5817,14 +5817,6 @@ def _mail_from_stdin(words: Sequence[str], settings: Settings) -> bytes:
     return "".join(f"{line}\r\n" for line in lines).encode() + content
 
 
-def request_command(call: Invocation) -> int:
-    return _for_tasks(call, request)
-
-
-def clear_command(call: Invocation) -> int:
-    return _for_tasks(call, clear)
-
-
 SAMPLES = {  # by language: suffix, what stands above the settings, what below them
     "python": (
         *(
@@ -5956,10 +5948,6 @@ def pause_command(call: Invocation) -> int:
     return _for_tasks(call, lambda store, name, by, at: pause(store, name, by, at, until, note))
 
 
-def resume_command(call: Invocation) -> int:
-    return _for_tasks(call, resume)
-
-
 def _for_tasks(call: Invocation, do: Callable[[Store, str, str, float], None]) -> int:
     """Do something to the one task that was named, or to all of them."""
     if bool(call.words) == ("all" in call.flags):
@@ -5986,17 +5974,17 @@ COMMANDS: Mapping[str, tuple[Callable[[Invocation], int], tuple[str, ...]]] = {
     "history": (history_command, ("count", "json")),
     "log": (log_command, ("follow", "json")),
     "run": (run_command, ("force",)),
-    "request": (request_command, ("all",)),
+    "request": (lambda call: _for_tasks(call, request), ("all",)),
     "sendmail": (sendmail_command, ("now",)),
     "kill": (kill_command, ()),
-    "clear": (clear_command, ("all",)),
+    "clear": (lambda call: _for_tasks(call, clear), ("all",)),
     "new": (new_command, ("language",)),
     "install": (install_command, ("write",)),
     "admin": (admin_command, ("json",)),
     "next": (next_command, ("from", "count", "timezone", "json")),
     "lint": (lint_command, ("json",)),
     "pause": (pause_command, ("all", "for", "note")),
-    "resume": (resume_command, ("all",)),
+    "resume": (lambda call: _for_tasks(call, resume), ("all",)),
 }
 
 

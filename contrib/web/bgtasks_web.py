@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -665,10 +666,8 @@ def pages(site: Site, request: Request) -> Answer:
         forget = "UPDATE fact SET value = '[0, 0]' WHERE name IN (?, ?)"
         site.store.execute(forget, (f"wrong:{request.address}", "wrong"))
         text = f"{user.encode().hex()}.{now + SESSION_SECONDS:.0f}.{secrets.token_hex(8)}"
-        cookie = (
-            f"bgtasks={text}.{sealed(site, text, user)}; Path={home}; HttpOnly; SameSite=Strict"
-        )
-        cookie += "; Secure" * request.secure
+        cookie = f"bgtasks={text}.{sealed(site, text, user)}; Path={home}; HttpOnly"
+        cookie += "; SameSite=Strict" + "; Secure" * request.secure
         return Answer("303 See Other", Location=home, Set_Cookie=cookie)
     if found is None:
         return login_page(page, "You are not logged in." * (request.method == "POST"))
@@ -773,8 +772,9 @@ def serve(port: int, arguments: Mapping[str, str]) -> int:
     simple_server.ServerHandler.server_software = "bgtasks"  # not the version of Python
     with simple_server.make_server("127.0.0.1", port, Application(**arguments)) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        # wsgiref takes an exception within a request for one of the application, and goes on
+        signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+        server.serve_forever()
     return 0
 
 

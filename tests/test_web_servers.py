@@ -2,6 +2,7 @@
 
 The entries and snippets of contrib/web are loaded as they are, with paths and limits filled in."""
 
+import fcntl
 import grp
 import http.client
 import importlib.util
@@ -32,14 +33,15 @@ TOKEN = "wake-0123456789-0123456789-0123456789"
 PATHS = f"{os.environ.get('PATH', '')}:/usr/sbin"
 APACHE, NGINX = shutil.which("apache2", path=PATHS), shutil.which("nginx", path=PATHS)
 MODULES = Path("/usr/lib/apache2/modules")
-LIMIT = 5  # seconds that each server gives a request
-LONG = 8  # and that the long task takes
+LIMIT = 5  # seconds that each server gives a request, where that is the subject
+LONG = 8  # and that a task takes which outlives it
+PATIENCE = 300  # where it is not
 PRIVATE = {
     "cron.params": f"web_token = {TOKEN}",
     "cron.params~": "an editor's copy",
     "other.params": "smtp_pwd",
     "state/bgtasks.db": "SQLite format 3",
-    "tasks.d/long.sh": "sleep",
+    "tasks.d/patient.sh": "sleep",
     "outbox/mail": "a mail that waits",
     "bgtasks.py": "import",
 }
@@ -104,8 +106,8 @@ class Server:
     needs = ""
     protects = True  # it has rules for files
 
-    def __init__(self, folder, *, bare=False):
-        self.folder, self.bare = folder, bare
+    def __init__(self, folder, *, bare=False, limit=PATIENCE):
+        self.folder, self.bare, self.limit = folder, bare, limit
         self.run = folder / "run"
         self.user = self.owner()
         self.port, self.inner_port = free_ports(2)
@@ -128,10 +130,7 @@ class Server:
         for file in (PROGRAM, *(path for path in WEB.iterdir() if path.is_file())):
             shutil.copy(file, folder)
         self.site = Site(folder)
-        self.site.shell("long", f"sleep {LONG}", schedule="manual")
-        patient = (
-            "touch ../began; for i in $(seq 900); do [ -e ../go ] && exit; sleep 0.1; done; exit 1"
-        )
+        patient = "touch ../began; until [ -e ../go ] || [ ! -e ../began ]; do sleep 0.1; done"
         self.site.shell("patient", patient, schedule="every 1 d")
         self.site.params.write_text(f"web_token = {TOKEN}\ncron_max_execution_time = 0\n")
         self.site.params.chmod(0o600)
@@ -166,11 +165,11 @@ class Server:
                 )
                 for command in commands
             ]
-        wait_for(self.answers, 60)
+        wait_for(self.answers, 120)
 
     def answers(self):
         assert all(process.poll() is None for process in self.processes), self.said()
-        with suppress(OSError):
+        with suppress(OSError, http.client.HTTPException):
             return self.ask("GET", "/api/status", TOKEN)[0] == 200
         return False
 
@@ -186,7 +185,7 @@ class Server:
         return status, text
 
     def send(self, method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         body = b"" if method == "POST" and body is None else body
         connection.request(method, path, body, {"Connection": "close", **headers})
         answer = connection.getresponse()
@@ -201,6 +200,13 @@ class Server:
         assert (status, json.loads(text)) == (202, {"started": True}), text + self.said()
         return took
 
+    def rest(self):
+        """Let no runner be at work, and the last wake-up be a while ago."""
+        lock = self.site.state / "locks" / "web.lock"
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        os.utime(lock, (0, 0))
+
     def end(self, number=signal.SIGTERM):
         """End it as a service manager does; SIGKILL takes all its processes at once."""
         for process in reversed(self.processes):
@@ -208,7 +214,7 @@ class Server:
                 os.killpg(process.pid, number)
             process.send_signal(number)
         for process in self.processes:
-            process.wait(30)
+            process.wait(60)
         wait_for(self._is_gone)
 
     def _is_gone(self):
@@ -218,7 +224,7 @@ class Server:
     def last(self, task):
         """Return the last run of a task; the state itself says, not the server."""
         with suppress(sqlite3.OperationalError):
-            db = sqlite3.connect(f"file:{self.site.state}/bgtasks.db?mode=ro", uri=True, timeout=10)
+            db = sqlite3.connect(f"file:{self.site.state}/bgtasks.db?mode=ro", uri=True, timeout=60)
             db.row_factory = sqlite3.Row
             sql = "SELECT * FROM run WHERE task = ? ORDER BY id DESC LIMIT 1"
             rows = db.execute(sql, (task,)).fetchall()
@@ -245,12 +251,14 @@ class Server:
         for process in self.processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
-        with suppress(AssertionError):
-            wait_for(lambda: not self.runners(), 15)
+            process.wait(60)
+        for runner in self.runners():
+            with suppress(ProcessLookupError):
+                os.kill(runner, signal.SIGTERM)
+        wait_for(lambda: not self.runners())
 
     def runners(self):
-        """Return the ids of the runners that a wake-up has started here."""
+        """Return the ids of the runners, and of their keepers, that a wake-up has started here."""
         words = [f"{self.site.folder}/bgtasks_web.py".encode(), b"--wake="]
         return [pid for pid, _ in processes() if all(word in command(pid) for word in words)]
 
@@ -294,7 +302,9 @@ class Gunicorn(Server):
     def _install(self):
         super()._install()
         addresses = {"127.0.0.1:8001": f"127.0.0.1:{self.bound()}"}
-        text = filled("gunicorn.conf.py", **addresses, **{"timeout = 30": f"timeout = {LIMIT}"})
+        text = filled(
+            "gunicorn.conf.py", **addresses, **{"timeout = 30": f"timeout = {self.limit}"}
+        )
         (self.site.folder / "gunicorn.conf.py").write_text(text)
 
     def bound(self):
@@ -355,7 +365,7 @@ class Apache(Server):
         values = {
             "/srv/bgtasks": self.site.folder,
             "user=bgtasks group=bgtasks": f"user={self.user.pw_name} group={group}",
-            "threads=4 request-timeout=30": f"threads=1 request-timeout={LIMIT}",
+            "threads=4 request-timeout=30": f"threads=1 request-timeout={self.limit}",
         }
         return filled("apache.conf", **values)
 
@@ -365,7 +375,7 @@ class Apache(Server):
             folder=self.folder,
             run=self.run,
             port=self.port,
-            limit=LIMIT,
+            limit=self.limit,
             modules="\n".join(f"LoadModule {n}_module {MODULES}/mod_{n}.so" for n in used),
             snippet="" if self.bare else self.snippet(),
         )
@@ -413,8 +423,10 @@ def installed(kind, **options):
     try:
         yield server
     finally:
-        server.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            server.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=KINDS)
@@ -424,32 +436,49 @@ def server(request):
         yield server
 
 
-def test_a_wake_up_is_answered_at_once_and_its_task_outlives_every_limit(server, record_property):
-    (server.site.folder / "go").touch()
-    server.site.shell("long", f"sleep {LONG}", schedule="every 1 d")
-    server.give()
-    took = server.wake()
-    record_property("seconds", took)
-    run = wait_for(lambda: server.ended("long"), 90)
-    assert run["outcome"] == "done"
-    assert run["ended_at"] - run["started_at"] >= LONG > LIMIT
-    assert took < 1
-    wait_for(lambda: not server.zombies() and not server.runners())
-    assert server.ask("GET", "/api/status", TOKEN)[0] == 200
+KINDS_TOGETHER = [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in KINDS]
+
+
+@pytest.fixture(scope="module", params=KINDS_TOGETHER)
+def shared(request):
+    """A server that several tests ask; each leaves no runner."""
+    with installed(request.param) as server:
+        server.start()
+        yield server
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wake_up_is_answered_at_once_and_its_task_outlives_every_limit(kind, record_property):
+    with installed(kind, limit=LIMIT) as server:
+        server.start()
+        took = [server.wake()]
+        wait_for(lambda: server.is_running("patient"))
+        while min(took) >= 1 and len(took) < 10:  # the machine may have stood still
+            server.rest()
+            took.append(server.wake())
+        record_property("seconds", min(took))
+        assert min(took) < 1
+        time.sleep(max(0.0, server.last("patient")["started_at"] + LONG - time.time()))
+        assert server.is_running("patient")
+        (server.site.folder / "go").touch()
+        run = wait_for(lambda: server.ended("patient"))
+        assert run["outcome"] == "done"
+        assert run["ended_at"] - run["started_at"] >= LONG > LIMIT
+        wait_for(lambda: not server.zombies() and not server.runners())
+        assert server.ask("GET", "/api/status", TOKEN)[0] == 200
 
 
 @pytest.mark.parametrize("kind", ["gunicorn-sync", "mod_wsgi", "cgi", "htaccess"])
 def test_the_limits_are_real_and_even_a_run_that_a_request_waits_for_outlives_them(kind):
-    with installed(kind) as server:
-        (server.site.folder / "go").touch()
-        server.site.shell("long", f"sleep {LONG}", schedule="every 1 d")
+    with installed(kind, limit=LIMIT) as server:
         with server.site.params.open("a") as params:
-            params.write("web_inline = 1\nweb_max_execution_time = 6\n")
+            params.write("web_inline = 1\nweb_max_execution_time = 600\n")
         server.start()
         with suppress(OSError, http.client.HTTPException):
             assert server.ask("POST", "/wake", TOKEN)[0] in (500, 502, 504)
-        assert server.is_running("long")
-        assert wait_for(lambda: server.ended("long"), 90)["outcome"] == "done"
+        assert server.is_running("patient")
+        (server.site.folder / "go").touch()
+        assert wait_for(lambda: server.ended("patient"))["outcome"] == "done"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -466,40 +495,41 @@ def test_a_run_survives_the_end_of_its_server(server, number):
     assert (status, [run["outcome"] for run in json.loads(text)]) == (200, ["done"])
 
 
-def test_the_token_arrives_and_only_the_right_one_counts(server):
+def test_the_token_arrives_and_only_the_right_one_counts(shared):
     for token in ("", "x" * 40, TOKEN[:-1]):
-        assert server.ask("POST", "/wake", token)[0] == 401
-        assert server.ask("GET", "/metrics", token)[0] == 401
-    assert not server.runners()
-    assert server.ask("GET", "/metrics", TOKEN)[0] == 200
+        assert shared.ask("POST", "/wake", token)[0] == 401
+        assert shared.ask("GET", "/metrics", token)[0] == 401
+    assert not shared.runners()
+    assert shared.ask("GET", "/metrics", TOKEN)[0] == 200
 
 
-def test_an_administrator_logs_in_and_no_link_leads_out_of_the_application(server):
+def test_an_administrator_logs_in_and_no_link_leads_out_of_the_application(shared):
     add = "INSERT INTO admin VALUES (?, ?, ?)"
-    server.site.change(add, "anna", bgtasks.hashed("a long password"), time.time())
-    assert server.send("GET", f"{server.base}/")[0] == 200
-    status, _, headers = server.send(
+    shared.site.change(add, "anna", bgtasks.hashed("a long password"), time.time())
+    assert shared.send("GET", f"{shared.base}/")[0] == 200
+    status, _, headers = shared.send(
         "POST",
-        f"{server.base}/login",
+        f"{shared.base}/login",
         b"user=anna&password=a+long+password",
         **{"Content-Type": "application/x-www-form-urlencoded"},
     )
-    assert (status, headers["Location"]) == (303, f"{server.base}/")
-    assert f"; Path={server.base}/; HttpOnly; SameSite=Strict" in headers["Set-Cookie"]
+    assert (status, headers["Location"]) == (303, f"{shared.base}/")
+    assert f"; Path={shared.base}/; HttpOnly; SameSite=Strict" in headers["Set-Cookie"]
     cookie = headers["Set-Cookie"].partition(";")[0]
-    status, text, headers = server.send("GET", f"{server.base}/", Cookie=cookie)
+    status, text, headers = shared.send("GET", f"{shared.base}/", Cookie=cookie)
     assert (status, "patient" in text) == (200, True)
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
     links = re.findall(r'(?:href|action)="(/[^"]*)"', text)
     assert len(links) > 2
-    assert [link for link in links if not link.startswith(f"{server.base}/")] == []
+    assert [link for link in links if not link.startswith(f"{shared.base}/")] == []
 
 
-def test_a_run_that_a_server_has_started_can_be_ended_through_it(server):
-    server.wake()
-    wait_for((server.site.folder / "began").exists)
-    assert server.ask("POST", "/api/patient/kill", TOKEN)[0] == 200
-    assert wait_for(lambda: server.ended("patient"))["outcome"] == "killed"
+def test_a_run_that_a_server_has_started_can_be_ended_through_it(shared):
+    shared.wake()
+    wait_for((shared.site.folder / "began").exists)
+    assert shared.ask("POST", "/api/patient/kill", TOKEN)[0] == 200
+    assert wait_for(lambda: shared.ended("patient"))["outcome"] == "killed"
+    wait_for(lambda: not shared.runners())
 
 
 def put_private_files(server):
@@ -544,7 +574,7 @@ def cgi(server, **more):
     """Return what the CGI program answers to a wake-up, read to its end."""
     env = cgi_environ("POST", "/wake", **more)
     program = [sys.executable, str(server.site.folder / "bgtasks.cgi")]
-    options = {"capture_output": True, "text": True, "timeout": 60}
+    options = {"capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run(program, env=env, check=True, **options)
     assert done.stderr == ""
     return done.stdout.partition("\n")[0].strip()
@@ -589,6 +619,6 @@ def test_what_a_server_makes_is_private_whatever_its_umask():
         server.start(umask=0)
         (server.site.folder / "go").touch()
         server.wake()
-        wait_for(lambda: server.ended("patient"))
+        wait_for(lambda: server.ended("patient") and not server.runners())
         found = [server.site.state, *server.site.state.rglob("*")]
         assert [str(path) for path in found if path.stat().st_mode & 0o077] == []

@@ -33,7 +33,7 @@ webdriver = importlib.import_module("selenium.webdriver")
 CSS = "css selector"
 TAB, ENTER = "\ue004", "\ue007"
 
-pytestmark = [pytest.mark.unmeasured, pytest.mark.xdist_group("browser")]  # one is enough
+pytestmark = pytest.mark.unmeasured
 PASSWORD = "correct horse battery"
 OUTCOMES = "done nothing more failed timed_out killed interrupted missed".split()
 LOOKS = ("light", "dark", "phone")

@@ -436,10 +436,7 @@ def server(request):
         yield server
 
 
-KINDS_TOGETHER = [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in KINDS]
-
-
-@pytest.fixture(scope="module", params=KINDS_TOGETHER)
+@pytest.fixture(scope="module", params=KINDS)
 def shared(request):
     """A server that several tests ask; each leaves no runner."""
     with installed(request.param) as server:

@@ -773,7 +773,7 @@ def serve(port: int, arguments: Mapping[str, str]) -> int:
     with simple_server.make_server("127.0.0.1", port, Application(**arguments)) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         # wsgiref takes an exception within a request for one of the application, and goes on
-        signal.signal(signal.SIGINT, lambda *_: os._exit(0))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         server.serve_forever()
     return 0
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -185,13 +185,11 @@ class Server:
         return status, text
 
     def send(self, method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         body = b"" if method == "POST" and body is None else body
-        connection.request(method, path, body, {"Connection": "close", **headers})
-        answer = connection.getresponse()
-        text = answer.read().decode(errors="replace")
-        connection.close()
-        return answer.status, text, answer.headers
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)) as connection:
+            connection.request(method, path, body, {"Connection": "close", **headers})
+            with closing(connection.getresponse()) as answer:
+                return answer.status, answer.read().decode(errors="replace"), answer.headers
 
     def wake(self):
         began = time.monotonic()

@@ -464,6 +464,19 @@ def test_too_little_memory_fails_the_task_alone(site):
     assert (found["outcome"], found["reason"].split(":")[0]) == ("failed", "MemoryError")
 
 
+def test_a_kill_before_the_keeper_has_said_who_it_is_is_not_lost(site):
+    site.first = """
+keep = bgtasks.keep
+def late(brief, *rest):
+    bgtasks.note(bgtasks.append_to(brief.live + ".keeper"), killed="ann")
+    return keep(brief, *rest)
+bgtasks.keep, bgtasks.GRACE_SECONDS = late, 0.5
+"""
+    site.shell("a", site.hold, schedule="every 1 d")
+    site.wake()
+    assert (site.last("a")["outcome"], site.last("a")["reason"]) == ("killed", "killed by ann")
+
+
 # -- keepers that are killed
 
 

@@ -278,6 +278,8 @@ def test_the_crontab_is_read(site):
     ]:
         env, _ = with_crontab(site, lines)
         assert words in doctor(site, env=env)
+    (found,) = bgtasks.judge_crontab(None, "bgtasks.py")  # as where there is no such command
+    assert (found.level, found.text) == (0, "cannot be read here; something else must wake it")
     env, _ = with_crontab(site, f"{line} --group=a\n{line} --exclude_group=a\n")
     assert not re.search(r"^\w+ +crontab ", doctor(site, env=env), re.MULTILINE)
 

@@ -1252,7 +1252,7 @@ def test_where_no_lock_can_be_made_it_is_unavailable(web):
 NO_PROCESS = """
 import os, resource, sys
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-sys.path[:0] = {paths!r}
+sys.path[:0] = [{path!r}]
 import bgtasks_web
 from wsgiref.util import setup_testing_defaults
 app = bgtasks_web.Application(param_file={params!r})
@@ -1272,14 +1272,15 @@ wake()
 def test_where_no_process_can_be_started_it_is_unavailable_and_then_works():
     python = shutil.which("python3", path="/usr/bin:/bin")  # one that others can start
     with tempfile.TemporaryDirectory() as folder:  # that others can reach
+        for file in (PROGRAM, WEB):
+            shutil.copy(file, folder)
         os.mkdir(f"{folder}/tasks.d")
         Path(folder, "cron.params").write_text("web_pixel = 1\ncron_max_execution_time = 0\n")
         for path in (folder, f"{folder}/tasks.d", f"{folder}/cron.params"):
             os.chown(path, 65534, 65534)
             os.chmod(path, 0o755)
-        paths = [str(WEB.parent), str(PROGRAM.parent)]
-        code = NO_PROCESS.format(paths=paths, params=f"{folder}/cron.params")
-        env = {"PYTHONPATH": str(PROGRAM.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+        code = NO_PROCESS.format(path=folder, params=f"{folder}/cron.params")
+        env = {"PYTHONDONTWRITEBYTECODE": "1"}
         command = [python, "-c", code]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=env, cwd="/"

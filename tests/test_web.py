@@ -399,16 +399,19 @@ def test_inline_the_answer_comes_after_the_work_within_its_time(web):
     web.configure(web_inline=1, web_max_execution_time=1, cron_max_execution_time=600)
     web.site.python("a", "pass")
 
+    answers = []
+
     def wake():
         began = time.monotonic()
         assert web.wake().json() == {"started": True}
         took = time.monotonic() - began
-        assert web.runs("a")[0]["outcome"] == "done"
-        assert not web.is_awake()
+        answers.append((took, {run["outcome"] for run in web.runs("a")}, web.is_awake()))
+        web.rest()
         web.pass_time()
         return took
 
     assert 0.9 < least(5, wake) < 5
+    assert answers[-1][1:] == ({"done"}, False)
 
 
 def test_inline_a_task_that_takes_too_long_does_not_keep_the_answer(web):
@@ -421,7 +424,7 @@ def test_inline_a_task_that_takes_too_long_does_not_keep_the_answer(web):
         began = time.monotonic()
         assert web.wake().status == 202
         took = time.monotonic() - began
-        assert web.runs("a")[-1]["outcome"] == "running"
+        web.run_of("a", "running")
         assert web.api("POST", "a/kill").status == 200
         wait_for(lambda: not web.runners())
         assert web.runs("a")[-1]["outcome"] == "killed"
@@ -1486,7 +1489,9 @@ def test_hostile_requests_find_nothing(ann, clock, monkeypatch, capsys):
         about = f"seed {seed}, request {number}: {asked} -> {reply.line} {reply.text[:300]}"
         assert reply.status in ALLOWED, about + capsys.readouterr().err
         values = "".join([*reply.headers, *reply.headers.values()])
-        assert not re.search(r"[\r\n\x00]|evil", values), about
+        assert not re.search(r"[\r\n\x00]|//", values), about
+        # its own place, which only the server says, may be called anything
+        assert "evil" not in values or "evil" in asked["SCRIPT_NAME"], about
         assert reply.headers["X-Content-Type-Options"] == "nosniff", about
         assert not leak.search(reply.text.replace("a.py", "")), about
         assert not FORBIDDEN.search(reply.text) or reply.text[:6] == "GIF89a", about

@@ -471,7 +471,7 @@ def test_the_limits_are_real_and_even_a_run_that_a_request_waits_for_outlives_th
         server.start()
         with suppress(OSError, http.client.HTTPException):
             assert server.ask("POST", "/wake", TOKEN)[0] in (500, 502, 504)
-        assert server.is_running("patient")
+        wait_for(lambda: server.is_running("patient"))
         (server.site.folder / "go").touch()
         assert wait_for(lambda: server.ended("patient"))["outcome"] == "done"
 

@@ -141,9 +141,6 @@ class Server:
             for path in (self.folder, *self.folder.rglob("*")):
                 os.chown(path, self.user.pw_uid, self.user.pw_gid, follow_symlinks=False)
 
-    def commands(self):
-        raise NotImplementedError
-
     def start(self, umask=0o022):
         commands = self.commands()
         (self.folder / "said").touch()

@@ -2273,8 +2273,8 @@ class Signals:
         for fd in (self.readable, self._writable):
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a caller may have blocked them
         self._before = {number: signal.signal(number, _ignore) for number in numbers}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # our caller may have blocked them
 
     def taken(self) -> bytes:
         """Return the numbers of the signals that arrived since the last call."""
@@ -2291,12 +2291,12 @@ class Signals:
         os.close(self._writable)
 
 
-def reset_signals(numbers: Iterable[int] | None = None) -> None:
-    """Give signals their default action, all of them if none are named; none is blocked."""
+def reset_signals(numbers: Iterable[int] | None = None, blocked: Iterable[int] = ()) -> None:
+    """Give signals their default action, all of them if none are named; block only ``blocked``."""
     signal.set_wakeup_fd(-1)
     for number in altered_signals() if numbers is None else numbers:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @cache
@@ -2513,9 +2513,9 @@ def task_lives(notes: Mapping[str, Any]) -> bool:
     return identity(group) in ("", noted) and bool(group_members(group))
 
 
-def signal_process(pid: int, number: int) -> None:
+def unless_gone(call: Callable[[int, int], None], pid: int, number: int) -> None:
     try:
-        os.kill(pid, number)
+        call(pid, number)
     except ProcessLookupError:  # it ended meanwhile
         pass
 
@@ -2533,14 +2533,20 @@ def signal_group(group: int, number: int) -> None:
 
 
 def fork(body: Callable[[], int]) -> int:
-    """Fork; the child does ``body`` and leaves with the code it returns. Raises OSError."""
+    """Fork; the child does ``body`` and leaves with the code it returns. Raises OSError.
+
+    In the child SIGTERM is blocked until it has its own signals, so it is lost at no moment."""
     sys.stdout.flush()
     sys.stderr.flush()
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # else nobody learns how a child ended
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    pid = os.fork()
-    if not pid:
-        _leave(body)  # pragma: no cover (measured from the child's own frames on)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        pid = os.fork()
+        if not pid:
+            _leave(body)  # pragma: no cover (measured from the child's own frames on)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
 
 
@@ -2571,7 +2577,7 @@ def fork_apart(seconds: int, body: Callable[[], int]) -> int:
 def keep(brief: Brief, output: int, clock: Clock) -> int:
     """Watch over one run from its start to its end, and note how it ended."""
     os.setsid()
-    reset_signals()
+    reset_signals(blocked=[signal.SIGTERM])
     _keep_only(output)
     signals = Signals(signal.SIGCHLD, signal.SIGTERM)
     notes = append_to(brief.live + ".keeper")
@@ -2581,6 +2587,7 @@ def keep(brief: Brief, output: int, clock: Clock) -> int:
         os.kill(me, signal.SIGTERM)
     try:
         group = fork(lambda: task_side(brief, notes, clock))
+        unless_gone(os.setpgid, group, group)  # as itself does: either may be first
     except OSError as error:  # pragma: no cover (a system that gave one process, but not two)
         note(notes, end="", unstarted=f"could not start: {error.strerror}", seconds=0.0)
         return EXIT_SYSTEM
@@ -2711,7 +2718,7 @@ def _run_program(brief: Brief, notes: int) -> tuple[int, str]:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     pid = fork(lambda: _exec_program(brief, notes))
     if signal.SIGTERM in signal.sigpending():
-        signal_process(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGTERM)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), ""
 
 
@@ -3268,7 +3275,7 @@ def tell_keeper(live: str, number: int) -> bool:
     keeper, noted = read_notes(live).get("keeper", [0, ""])
     lives = bool(noted) and identity(keeper) == noted
     if lives:
-        signal_process(keeper, number)
+        unless_gone(os.kill, keeper, number)
     return lives
 
 

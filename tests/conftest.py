@@ -87,7 +87,7 @@ class Site:
         self.ledger = folder / "ledger"
         self.said = folder / "said"
         self.slots = set()
-
+        self.started = []
         self.first = ""  # what its processes do first: code that knows `bgtasks`
 
     @property
@@ -144,7 +144,8 @@ class Site:
     def start(self, *args):
         """A wake-up that goes on; what it says is in `said`."""
         with open(self.said, "a") as said:
-            return subprocess.Popen(self.command(*args), stdout=said, stderr=said)
+            self.started.append(subprocess.Popen(self.command(*args), stdout=said, stderr=said))
+        return self.started[-1]
 
     def json(self, *args):
         done = self.run(*args, "--json")
@@ -266,6 +267,10 @@ def site(tmp_path):
     site = Site(tmp_path)
     yield site
     site.release()
+    for process in site.started:  # still at work only if its test failed; it shall not fail others
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def wait_for(condition, seconds=60.0):

@@ -477,6 +477,51 @@ bgtasks.keep, bgtasks.GRACE_SECONDS = late, 0.5
     assert (site.last("a")["outcome"], site.last("a")["reason"]) == ("killed", "killed by ann")
 
 
+KEEPER, TASK = 1, 2
+
+
+@pytest.mark.parametrize("language", ["sh", "py"])
+@pytest.mark.parametrize(
+    ("generation", "step"),
+    [
+        (KEEPER, "os.setsid"),
+        (KEEPER, "signal.set_wakeup_fd"),
+        (KEEPER, "signal.signal"),
+        (KEEPER, "signal.pthread_sigmask"),
+        (KEEPER, "os.getpid"),
+        (TASK, "os.setpgid"),
+        (TASK, "signal.set_wakeup_fd"),
+        (TASK, "signal.pthread_sigmask"),
+    ],
+)
+def test_a_stop_is_not_lost_on_a_process_that_begins(site, generation, step, language):
+    """A new process stands still at a step, and its runner is told to stop meanwhile."""
+    site.first = f"""
+import functools, os, signal, time
+runner, folder, own_pid = os.getpid(), {str(site.folder)!r}, os.getpid
+def stalls(true, *args, **named):
+    generation = [own_pid(), os.getppid(), runner].index(runner)
+    if generation == {generation} and not os.path.exists(folder + "/stalled"):
+        open(folder + "/stalled", "w").close()
+        while not os.path.exists(folder + "/told"):
+            time.sleep(0.01)
+    return true(*args, **named)
+{step} = functools.partial(stalls, {step})
+bgtasks.GRACE_SECONDS = 600
+"""
+    if language == "sh":
+        site.shell("a", site.hold, schedule="every 1 d")
+    else:
+        site.python("a", "import time\nwhile True:\n    time.sleep(1)", schedule="every 1 d")
+    runner = site.start("--cron_max_execution_time=0")
+    wait_for((site.folder / "stalled").exists)
+    runner.terminate()
+    time.sleep(0.5)  # the signal goes its way, which nothing shows
+    (site.folder / "told").touch()
+    runner.wait(timeout=60)
+    assert site.last("a")["outcome"] == "interrupted"
+
+
 # -- keepers that are killed
 
 

@@ -724,7 +724,7 @@ def test_a_task_that_lost_its_schedule_while_it_ran_has_no_next_moment(site):
 
 
 def test_a_signal_to_what_has_ended_is_no_error():
-    bgtasks.signal_process(99999999, signal.SIGTERM)
+    bgtasks.unless_gone(os.kill, 99999999, signal.SIGTERM)
 
 
 def test_what_cannot_be_killed_is_said(site, capsys):

@@ -2403,12 +2403,13 @@ def read_notes(live: str) -> dict[str, Any]:
     return notes
 
 
-def read_bytes(path: str, at_most: int = -1) -> bytes:
-    """Return the end of a file, or nothing if it is gone."""
+def read_bytes(path: str, at_most: int | None = None) -> bytes:
+    """Return a file, of a longer one than that its last whole lines; nothing if it is gone."""
     try:
         with open(path, "rb") as file:
-            if at_most > 0:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - at_most))
+            if at_most and os.fstat(file.fileno()).st_size > at_most:
+                file.seek(-at_most - 1, os.SEEK_END)
+                file.readline()
             return file.read(at_most)
     except (FileNotFoundError, ProcessLookupError):  # in /proc the latter, between open and read
         return b""

@@ -146,6 +146,15 @@ def test_what_a_task_reports(site, language):
     assert site.rows("SELECT state FROM task")[0]["state"] == '{"cursor": 5}'
 
 
+@pytest.mark.parametrize("more", [0, 1, 9, 10])
+def test_of_a_long_report_only_whole_lines_are_read(tmp_path, more):
+    lines = b"volume=1\n" * 100_000 + b"progress="
+    kept, size = b"message=x\n" + lines, bgtasks.REPORT_BYTES + more
+    (tmp_path / "x.report").write_bytes(kept.ljust(size, b"."))
+    found = bgtasks.read_report(str(tmp_path / "x"))
+    assert list(found) == ["message"] * (not more) + ["volume", "progress"]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

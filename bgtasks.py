@@ -3702,7 +3702,7 @@ class Runner:
             self._catch_signals()
             usual = self.store.usual_seconds(task.name)
             self.store.close()
-            pid = self._start_keeper(brief, output)
+            pid = fork(lambda: keep(brief, output, self.clock))
         except OSError as error:
             self._give_back(claim, live, error)
             return None
@@ -3718,12 +3718,6 @@ class Runner:
         facts = {"task": task.name, "run": run, "ping": task.settings["ping"]}
         self.tell("start", {**facts, "planned_at": claim["planned_at"]})
         return run
-
-    def _start_keeper(self, brief: Brief, output: int) -> int:
-        return fork(lambda: keep(brief, output, self.clock))
-
-    def _ended_keepers(self) -> list[int]:
-        return [pid for pid in self.running if os.waitpid(pid, os.WNOHANG)[0]]
 
     def _claim(self, task: Task, row: Row) -> dict[str, Any]:
         """Return what to claim: the slot that is due, an extra start, or one with neither."""
@@ -3788,7 +3782,7 @@ class Runner:
 
     def _reap(self) -> bool:
         """Write down the runs whose keepers have ended; tell if there were any."""
-        ended = self._ended_keepers()
+        ended = [pid for pid in self.running if os.waitpid(pid, os.WNOHANG)[0]]
         for run in [self.running.pop(pid) for pid in ended]:
             if run:
                 self.tell("progress", {"runs": [run], "ended": True})
@@ -4852,9 +4846,8 @@ def judge_tasks(tasks: Sequence[Mapping[str, Any]], now: float) -> Iterator[Find
             yield Finding(2, name, text, f"log {name}, kill {name}")
         elif failures and state != "paused":
             level = 2 if failures > 3 or task["retry_at"] is None else 1
-            yield Finding(
-                level, name, f"{task['last_outcome']}, {failures} in a row", f"log {name}"
-            )
+            text = f"{task['last_outcome']}, {failures} in a row"
+            yield Finding(level, name, text, f"log {name}")
         elif task["unacknowledged"]:
             text = f"{counted(task['unacknowledged'], 'run')} interrupted"
             yield Finding(1, name, text, f"clear {name}")
@@ -4864,12 +4857,11 @@ def judge_tasks(tasks: Sequence[Mapping[str, Any]], now: float) -> Iterator[Find
 
 def judge_packages(tasks: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     """Name each package that is missing, and who needs it."""
-    for command in sorted(
-        {t["reason"].rpartition("pip install ")[2] for t in tasks if "pip install" in t["reason"]}
-    ):
-        names = [
-            task["name"] for task in tasks if task["reason"].endswith(f"pip install {command}")
-        ]
+    needed: dict[str, list[str]] = {}
+    for task in tasks:
+        if "pip install " in task["reason"]:
+            needed.setdefault(task["reason"].rpartition("pip install ")[2], []).append(task["name"])
+    for command, names in sorted(needed.items()):
         text = f"{command} is missing; it is needed by {', '.join(names)}"
         yield Finding(2, "packages", text, f"pip install {command}")
 
@@ -4897,16 +4889,14 @@ def judge_place(settings: Settings, store: Store) -> Iterator[Finding]:
         if os.path.isdir(os.path.join(state, "runs")):
             test_locks(state)
             store.check_integrity()
-        yield Finding(
-            0, "state", f"{state}: locks hold, the file is whole, {store.size() >> 10} KiB"
-        )
+        text = f"{state}: locks hold, the file is whole, {store.size() >> 10} KiB"
+        yield Finding(0, "state", text)
     except BgtasksError as error:
         yield Finding(2, "state", str(error))
     kind = file_system(state)
     if kind in ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "fuse.sshfs", "fuse.glusterfs"):
-        yield Finding(
-            2, "disk", f"{state} lies on a network disk ({kind})", "state_dir on a local disk"
-        )
+        text = f"{state} lies on a network disk ({kind})"
+        yield Finding(2, "disk", text, "state_dir on a local disk")
     try:
         free = shutil.disk_usage(state if os.path.isdir(state) else os.path.dirname(state)).free
         level = 2 if free < 20 << 20 else 1 if free < 200 << 20 else 0
@@ -4975,9 +4965,8 @@ def judge_crontab(crontab: str | None, script: str) -> Iterator[Finding]:
     if len(plain) > 1:
         yield Finding(1, "crontab", f"{len(plain)} lines wake it", "crontab -e, keep one")
     if any("--auth_pwd" in line for line in lines):
-        yield Finding(
-            1, "crontab", "others see --auth_pwd in ps", "put auth_pwd into the param file"
-        )
+        text = "others see --auth_pwd in ps"
+        yield Finding(1, "crontab", text, "put auth_pwd into the param file")
 
 
 def one_line(text: str) -> str:
@@ -5012,12 +5001,7 @@ METRICS = (
     ("last_duration_seconds", "gauge", "how long the last run took", "last_seconds"),
     ("run_seconds_total", "counter", "how long all runs took", "total_seconds"),
     ("last_start_timestamp_seconds", "gauge", "when the last run started", "last_started_at"),
-    (
-        "last_success_timestamp_seconds",
-        "gauge",
-        "start of the last run that succeeded",
-        "last_success_at",
-    ),
+    ("last_success_timestamp_seconds", "gauge", "when the last success started", "last_success_at"),
     ("next_run_timestamp_seconds", "gauge", "when it may run next", "next_run_at"),
 )
 
@@ -5042,9 +5026,8 @@ def metric_lines(found: Mapping[str, Any]) -> list[str]:
         return f'{{task="{label(task["name"])}"{more}}}'
 
     family("info", "gauge", "the program", [(f'{{version="{__version__}"}}', 1)])
-    family(
-        "maintenance", "gauge", "1 while the maintenance flag exists", [("", found["maintenance"])]
-    )
+    resting = [("", found["maintenance"])]
+    family("maintenance", "gauge", "1 while the maintenance flag exists", resting)
     moment = last.get("ended_at") or last.get("started_at")
     family("last_wakeup_timestamp_seconds", "gauge", "the end of the last wake-up", [("", moment)])
     for name, kind, text, key in METRICS:

@@ -5491,14 +5491,18 @@ def log_command(call: Invocation) -> int:
     with closing(open_for_reading(call.settings)) as store:
         run = _run_named(call, store, word)
         live = os.path.join(call.settings.state_dir, "runs", run["live"])
+        try:
+            kept = os.open(live + ".out", os.O_RDONLY)  # the file goes when the run ends
+        except FileNotFoundError:
+            kept = -1
+        output = read_output(live, call.settings.secrets)
+        run = _run_named(call, store, str(run["id"]))  # it may have ended meanwhile
         running = run["outcome"] == RUNNING
-        output = read_output(live, call.settings.secrets) if running else run["output"]
+        output = output if running else run["output"]
         if "json" in call.flags:
             return print_json({**run_row(run), "output": output})
         if not running or "follow" not in call.flags:
             return _print_output(output)
-        path = live + ".out"
-        kept = os.open(path, os.O_RDONLY) if os.path.exists(path) else -1  # it goes with the run
         shown, over = Follower(f"/dev/fd/{kept}", call.settings.secrets), False
         while not over:
             over = read_end(run, live, (), int) is not None

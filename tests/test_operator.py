@@ -522,6 +522,31 @@ def test_follow_shows_what_a_run_printed_last_though_its_output_was_removed(site
     assert process.communicate(timeout=60)[0] == "two\n"
 
 
+@pytest.mark.parametrize("flags", [(), ("--follow",)])
+def test_log_shows_what_a_run_printed_that_ends_while_it_looks(site, flags):
+    site.shell("a", f"echo one; {site.hold}; echo two")
+    runner = site.start("--cron_max_execution_time=0")
+    wait_for(lambda: list(site.folder.glob("state/runs/*.keeper")))
+    site.first = f"""
+import time
+from pathlib import Path
+named, folder = bgtasks._run_named, Path({str(site.folder)!r})
+def stalls(*args):
+    run = named(*args)
+    (folder / "looked").touch()
+    while not (folder / "over").exists():
+        time.sleep(0.01)
+    return run
+bgtasks._run_named = stalls
+"""
+    process = subprocess.Popen(site.command("log", "a", *flags), stdout=subprocess.PIPE, text=True)
+    wait_for((site.folder / "looked").exists)
+    site.release()
+    assert runner.wait(timeout=60) == 0
+    (site.folder / "over").touch()
+    assert process.communicate(timeout=60)[0] == "one\ntwo\n"
+
+
 # -- new and install
 
 

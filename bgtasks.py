@@ -3702,7 +3702,7 @@ class Runner:
             self._catch_signals()
             usual = self.store.usual_seconds(task.name)
             self.store.close()
-            pid = fork(lambda: keep(brief, output, self.clock))
+            pid = self._start_keeper(brief, output)
         except OSError as error:
             self._give_back(claim, live, error)
             return None
@@ -3718,6 +3718,12 @@ class Runner:
         facts = {"task": task.name, "run": run, "ping": task.settings["ping"]}
         self.tell("start", {**facts, "planned_at": claim["planned_at"]})
         return run
+
+    def _start_keeper(self, brief: Brief, output: int) -> int:
+        return fork(lambda: keep(brief, output, self.clock))
+
+    def _ended_keepers(self) -> list[int]:
+        return [pid for pid in self.running if os.waitpid(pid, os.WNOHANG)[0]]
 
     def _claim(self, task: Task, row: Row) -> dict[str, Any]:
         """Return what to claim: the slot that is due, an extra start, or one with neither."""
@@ -3782,7 +3788,7 @@ class Runner:
 
     def _reap(self) -> bool:
         """Write down the runs whose keepers have ended; tell if there were any."""
-        ended = [pid for pid in self.running if os.waitpid(pid, os.WNOHANG)[0]]
+        ended = self._ended_keepers()
         for run in [self.running.pop(pid) for pid in ended]:
             if run:
                 self.tell("progress", {"runs": [run], "ended": True})

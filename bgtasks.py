@@ -625,7 +625,7 @@ def distrib() -> str:
 def option_help() -> str:
     """Return the lines of --help about the settings."""
     rows = [(f"--{o.key}={o.default}", o.help + " (flag only)" * o.flag_only) for o in OPTIONS]
-    return "\n".join(f"  {flag:<32}{text}" for flag, text in rows)
+    return "\n".join(f"  {flag:<34}{text}" for flag, text in rows)
 
 
 # --- Schedule -------------------------------------------------------------------------------------
@@ -4711,15 +4711,14 @@ def explain(
 
     ``task`` is its status. `sentences` are for people, the rest is what they say."""
     row = store.task(task["name"])
-    said = [
-        f"task {task['name']} is {task['state']}" + f": {task['reason']}" * bool(task["reason"])
-    ]
+    about = f": {task['reason']}" * bool(task["reason"])
+    said = [f"task {task['name']} is {task['state']}{about}"]
     if not row:
         said.append("no wake-up has seen it yet")
         return {"task": task["name"], "at": iso(at), "sentences": said}
     slot = None
-    said.append(f"its schedule is {task['schedule']!r}")
     if task["schedule"] and not row["error"]:
+        said.append(f"its schedule is {task['schedule']!r}")
         schedule = schedule_of(task_from(row).settings, settings, row["name"], row["anchor_at"])
         slot, following = schedule.latest(at), schedule.next_after(at)
         for words, moment in (("its last slot was", slot), ("its next one is", following)):
@@ -4734,9 +4733,12 @@ def explain(
     for skip in skips:
         times = f"in {counted(skip['count'], 'wake-up')}, last {when(iso(skip['last_at']), now)}"
         said.append(f"{times}, {reason_text(skip)}")
-    wakeups = [w for w in store.wakeups(WAKEUPS_KEPT) if w["started_at"] <= at]
-    said += [_wakeup_text(w, runs, skips, now) for w in reversed(wakeups[:3])]
-    wakeups = [wakeup for wakeup in wakeups if wakeup["trigger"] != "hand"]
+    events = [e for e in store.events(row["name"], 3) if since <= e["at"] <= at]
+    said += [f"{e['by']} {when(iso(e['at']), now)}: {e['what']}" for e in reversed(events)]
+    known = store.wakeups(WAKEUPS_KEPT)
+    wakeups = [w for w in known if w["started_at"] <= at and w["trigger"] != "hand"]
+    if not row["error"]:
+        said += [_wakeup_text(w, runs, skips, now) for w in reversed(wakeups[:3])]
     if not wakeups or (wakeups[0]["ended_at"] or now) < (slot or at - 86400):
         last = f"since {when(iso(wakeups[0]['ended_at']), now)}" if wakeups else "yet"
         said.append(f"nobody woke the runner {last}; what changes it: install --write")
@@ -4746,9 +4748,7 @@ def explain(
         "slot": iso(slot),
         "sentences": said,
         "runs": [run_row(run) for run in runs],
-        "reasons": [
-            {**s, "first_at": iso(s["first_at"]), "last_at": iso(s["last_at"])} for s in skips
-        ],
+        "reasons": [{**s, **{key: iso(s[key]) for key in ("first_at", "last_at")}} for s in skips],
     }
 
 

@@ -88,6 +88,26 @@ def test_due_slot_runs_and_wake_ups_are_named(site, look):
     assert text.endswith("did not start it: it was not due")
 
 
+def test_of_a_broken_task_only_that_is_said(site, look):
+    site.write("a.sh", "echo")
+    look.wake()
+    said = look()
+    assert said[0].startswith("task a is broken: ")
+    assert said[1:] == ["it never ran"]
+
+
+def test_who_did_something_to_a_task_is_said_and_other_runs_by_hand_are_not(site, look):
+    site.shell("a", "", schedule="every 1 h")
+    site.shell("b", "", schedule="manual")
+    look.wake()
+    look.clock.advance(60)
+    bgtasks.pause(look.store, "a", "ann", look.clock.now(), None, "moving")
+    look.wake(60, trigger="hand")
+    said = look()
+    assert "ann 00:01:00 (60 s ago): paused; moving" in " ".join(said)
+    assert len([text for text in said if text.startswith("the wake-up")]) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "changes", "words"),
     [

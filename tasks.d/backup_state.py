@@ -7,7 +7,8 @@
 # ///
 """A Python task: bgtasks imports nothing of it and calls run(task) in a process of its own.
 
-Restore a backup by copying it to state/bgtasks.db while no runner is at work.
+Restore a backup while no runner is at work: remove state/bgtasks.db-journal, and copy it to
+state/bgtasks.db. Its own run is in it without an end; the next wake-up calls it interrupted.
 """
 
 import os

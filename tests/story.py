@@ -6,19 +6,18 @@ nothing in it but PATH and HOME. What a page calls `/srv/app` is this folder, an
 """
 
 import getpass
-import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import textwrap
 from typing import NamedTuple
 
 from conftest import PROGRAM
 
 ROOT = PROGRAM.parent
-SHIPPED = ("bgtasks.py", "cron.params.distrib", "contrib", "README.md", "LICENSE", "pyproject.toml")
+SHIPPED = ("bgtasks.py", "cron.params.distrib", "contrib")
 FENCE = re.compile(r"( *)```(\w*)")
 ITEM = re.compile(r" *([*-]|\d+\.) ")
 CRONTAB = re.compile(r"(?:[\d*/,-]+ +){5}(?P<command>.*)")
@@ -73,9 +72,9 @@ def blocks_of(text, page):
         line = lines[number]
         fence = FENCE.match(line)
         is_after_blank = number == 0 or not lines[number - 1].strip()
-        if line.strip() and not line.startswith(" ") and is_after_blank or ITEM.match(line):
+        if (line.strip() and not line.startswith(" ") and is_after_blank) or ITEM.match(line):
             in_item = bool(ITEM.match(line))
-        indent = len(fence[1]) if fence else 8 if in_item else 4
+        indent = len(fence[1]) if fence else 6 if in_item else 4
         start = number + bool(fence)
         if fence:
             end = next(i for i in range(start, len(lines)) if lines[i].strip() == "```")
@@ -87,7 +86,7 @@ def blocks_of(text, page):
                 before = line if is_after_blank or ITEM.match(line) else f"{before} {line}"
             number += 1
             continue
-        code = "".join(f"{line[indent:]}\n" for line in lines[start:end])
+        code = textwrap.dedent("".join(f"{line}\n" for line in lines[start:end]))
         found.append(Block(page, number + 1, fence[2] if fence else "", code, before))
         number, before = end + bool(fence), ""
     return found

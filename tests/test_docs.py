@@ -86,7 +86,8 @@ def until_what_is_missing(page):
 
 
 def needs_croniter(page):
-    return any(re.search(r"[\d*] \* \* [\w*]", block.text) for block in blocks(page))
+    texts = [block.text for block in blocks(page) if block.kind in ("file", "command")]
+    return any(re.search(r"[\d*] \* \* [\w*]", text) for text in texts)
 
 
 def furnish(story):
@@ -228,6 +229,14 @@ def test_every_command_within_a_sentence_is_one(page):
         _, program, command = code.partition("bgtasks.py ")
         if program:
             bgtasks.split_arguments(shlex.split(re.split("[|<>]", command)[0]))
+
+
+@pytest.mark.parametrize("page", ["README.md", *DOCS])
+def test_every_setting_within_a_sentence_is_one(page):
+    known = {option.key for option in bgtasks.OPTIONS}
+    known |= {*bgtasks.TASK_SETTINGS, "command", "script", "key"}
+    found = re.findall(r"`(?:task\.\w+\.)?([a-z_]+) = ", sentences(page))
+    assert set(found) <= known
 
 
 def test_the_list_of_questions_has_every_page():

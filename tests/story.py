@@ -1,11 +1,11 @@
 """A page of Markdown as a story: its examples are run from top to bottom, as a reader would.
 
 Each story has a folder of its own with a fresh copy of what is shipped, and an environment with
-nothing in it but PATH and HOME. What a page calls `/srv/app` is this folder, and `/etc`, `/var` and
-`/usr/bin/python3` lead there too, so that a page can change nothing of the machine.
+nothing in it but PATH and HOME. All absolute paths of a page lead into this folder, so that it
+changes nothing of the machine; `/srv/app` is where its commands are typed.
 """
 
-import getpass
+import os
 import platform
 import re
 import shutil
@@ -16,8 +16,14 @@ from typing import NamedTuple
 
 from conftest import PROGRAM
 
+import bgtasks
+
 ROOT = PROGRAM.parent
 SHIPPED = ("bgtasks.py", "cron.params.distrib", "contrib")
+PLACES = """etc/cron.d etc/logrotate.d etc/nagios4/conf.d etc/sudoers.d etc/systemd/system
+    usr/bin usr/local/sbin home/Library/LaunchAgents var/lib/prometheus/node-exporter""".split()
+# where a path begins that is not one of what every machine has, and a story does not change
+ABSOLUTE = re.compile(r"(?<![^\s\"'=>])(?=/(?!dev/|bin/|usr/bin/(?!python3))\w)")
 FENCE = re.compile(r"( *)```(\w*)")
 ITEM = re.compile(r" *([*-]|\d+\.) ")
 CRONTAB = re.compile(r"(?:[\d*/,-]+ +){5}(?P<command>.*)")
@@ -102,7 +108,7 @@ class Story:
         self.folder, self.app, self.home = folder, folder / "srv" / "app", folder / "home"
         self.not_run, self.ends, self.answers = not_run, ends or {}, answers or {}
         self.said, self.is_unknown = None, False  # what the last command printed
-        for name in ("srv/app", "home", "etc/cron.d", "var", "bin"):
+        for name in ("srv/app", *PLACES):
             (folder / name).mkdir(parents=True)
         for name in (*SHIPPED, *["tasks.d"] * with_tasks):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -113,21 +119,20 @@ class Story:
         self.program("crontab", CRONTAB_PROGRAM)
 
     def program(self, name, text):
-        path = self.folder / "bin" / name
+        path = self.folder / "usr/bin" / name
         path.write_text(text)
         path.chmod(0o755)
 
     def here(self, text):
         """Return what a page says with the places of this story."""
-        places = re.compile(r"(?<![\w.~])(?:/usr(?=/bin/python3)|(?=/(?:srv|etc|var)/))")
-        return places.sub(str(self.folder), text)
+        return ABSOLUTE.sub(str(self.folder), text)
 
     def there(self, text):
         """Return what was printed as a page would show it: there, www-data works on web1."""
         lines = [line for line in text.splitlines() if "as root" not in line]
         text = "\n".join(lines).replace(sys.executable, "/usr/bin/python3")
         text = text.replace(str(self.folder.resolve()), "").replace(str(self.folder), "")
-        text = re.sub(rf"\b{getpass.getuser()}\b", "www-data", text)
+        text = re.sub(rf"(?<![/\w]){bgtasks.user_name(os.geteuid())}\b", "www-data", text)
         return re.sub(rf"(on |@){re.escape(platform.node())}\b", r"\1web1", text)
 
     def run(self, blocks):
@@ -158,7 +163,7 @@ class Story:
         for start, end in self.ends.items():
             text = text + end if start in text else text
         answer = next((said for start, said in self.answers.items() if start in text), "")
-        path = f"{self.folder}/bin:/usr/local/bin:/usr/bin:/bin"
+        path = f"{self.folder}/usr/bin:{self.folder}/usr/local/sbin:/usr/local/bin:/usr/bin:/bin"
         done = subprocess.run(
             ["/bin/sh", "-e", "-c", self.here(text)],
             cwd=self.app,

@@ -39,12 +39,7 @@ COMING = (
 )
 # Pages whose examples need servers, databases, dates or root: which tests run them.
 ELSEWHERE = {
-    "contrib/cron": ("test_install.py",),
-    "contrib/launchd": ("test_install.py",),
-    "contrib/logrotate": ("test_install.py",),
     "contrib/migrate": ("test_migrate.py",),
-    "contrib/monitoring": ("test_install.py",),
-    "contrib/systemd": ("test_install.py",),
     "contrib/tasks": ("test_backup.py", "test_chores_files.py", "test_figures.py"),
 }
 # What cannot be run here: how such a line begins, and why.
@@ -61,6 +56,14 @@ NOT_RUN = {
     "schtasks.exe ": "a program of Windows",
     "powershell ": "a program of Windows",
     "docker ": "needs a Docker daemon",
+    "install -d -o www-data ": "needs root and this user; test_install.py has both",
+    "launchctl ": "a program of macOS",
+    "bgtasks-textfile ": "reads as the owner of /srv/app, and he may not; test_install.py runs it",
+    "loginctl ": "needs systemd at work",
+    "systemctl ": "needs systemd at work; test_install.py enables the units in a folder",
+    "logrotate ": "not on every machine; test_install.py runs it",
+    "promtool ": "not on every machine; test_install.py runs it",
+    "contrib/monitoring/healthchecks.sh ": "asks a server; test_install.py has one",
     "python3 contrib/zipapp/build.py": "needs a package index; test_packaging.py has one",
     "scp ": "needs a second machine",
     "pip install ": "needs a package index; test_packaging.py has one",
@@ -171,6 +174,21 @@ def test_a_page_that_is_wrong_is_found(tmp_path, old, new, what):
 def test_output_without_a_command_is_found(tmp_path):
     with pytest.raises(AssertionError, match="page:1: nothing was run"):
         Story(tmp_path).run(blocks_of("```text\nhello\n```\n", "page"))
+
+
+PLACES = """
+    echo mine >/etc/cron.d/never
+    install -m 755 bgtasks.py /usr/local/sbin/never
+    cat '/etc/cron.d/never' "/srv/app/tasks.d/../../../etc/cron.d/never"
+"""
+
+
+def test_a_story_changes_nothing_of_the_machine(tmp_path):
+    story = Story(tmp_path)
+    story.run(blocks_of(PLACES, "page"))
+    assert story.said.split() == ["mine", "mine"]
+    assert (tmp_path / "usr/local/sbin/never").exists()
+    assert not any(os.path.exists(f"{place}/never") for place in ("/etc/cron.d", "/usr/local/sbin"))
 
 
 def test_an_example_that_is_not_run_has_a_reason_that_is_needed():

@@ -96,8 +96,8 @@ INSERT INTO `glpi_crontasks` (`itemtype`,`name`,`frequency`,`param`,`state`,`mod
 ('QueuedNotification','queuednotification',60,50,1,2,3,0,24,30,'2024-01-01 00:00:00',NULL),
 ('CartridgeItem','cartridge',86400,10,0,1,3,0,24,30,NULL,'it''s \\ off;\r\n(1, ''x''); 😀'),
 ('Ticket','alertnotclosed',43200,NULL,1,1,3,22,6,0,NULL,NULL),
-('Ticket','closeticket',43200,NULL,2,1,2,8,8,800,NULL,NULL),
-('Telemetry','telemetry',2592000,NULL,1,1,3,0,24,10,NULL,NULL),
+('Ticket','closeticket',43200,NULL,2,1,3,8,8,800,NULL,NULL),
+('Telemetry','telemetry',2592000,NULL,1,1,1,0,24,10,NULL,NULL),
 ('CleanSoftwareCron','cleanorphans',604800,1000,1,1,3,0,24,30,NULL,NULL),
 ('PluginFooTask','cleanorphans',90,NULL,1,1,3,0,24,30,NULL,NULL);
 INSERT INTO `glpi_crontasklogs` VALUES (1, 'INSERT INTO `glpi_crontasks` VALUES (1,2);');

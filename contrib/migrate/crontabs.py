@@ -21,6 +21,7 @@ from drafts import (
     name_for,
     quoted,
     settle_schedule,
+    settle_zone,
 )
 
 # --- The five fields ------------------------------------------------------------------------------
@@ -208,16 +209,11 @@ def add_environment(draft: Draft, env: Mapping[str, str]) -> None:
     for name in set(env) - set(draft.settings["env"]):
         draft.notes.append(f"{name} is not carried over: such names belong to bgtasks")
     zone = env.get("CRON_TZ", "")
-    try:
-        if zone:
-            bgtasks.Zone(zone)
-            draft.settings["timezone"] = zone
-            draft.notes.append(
-                f"CRON_TZ={zone}: the schedule is read in this zone, as cronie does; Debian's cron"
-                " does not: if the line ran there, remove timezone"
-            )
-    except bgtasks.TaskError as error:
-        draft.notes.append(f"CRON_TZ is not carried over: {error}")
+    if settle_zone(draft, zone, "CRON_TZ"):
+        draft.notes.append(
+            f"CRON_TZ={zone}: the schedule is read in this zone, as cronie does; Debian's cron"
+            " does not: if the line ran there, remove timezone"
+        )
     if "MAILTO" in env:
         add_receivers(draft, env["MAILTO"])
 

@@ -84,6 +84,17 @@ def every(seconds: int) -> str:
     return next(f"every {seconds // n} {unit}" for unit, n in sizes if seconds % n == 0)
 
 
+def settle_zone(draft: Draft, name: str, source: str) -> bool:
+    """Give a task its zone, and tell whether it has one; one that is unknown is named."""
+    try:
+        bgtasks.Zone(name)
+    except bgtasks.TaskError as error:
+        draft.notes.append(f"{source} is not carried over: {error}")
+        return False
+    draft.settings["timezone"] = name
+    return bool(name)
+
+
 def settle_schedule(draft: Draft, text: str) -> None:
     """Give a task its schedule if bgtasks can read it; else it is written as paused."""
     draft.settings["schedule"] = text
@@ -148,6 +159,8 @@ def toml(value: Any) -> str:
         return f"{{ {pairs} }}" if pairs else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, str) and "\0" in value:
+        raise MigrateError("holds a NUL byte, which no command can be given")
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -184,10 +197,12 @@ def take_secrets(draft: Draft, name: str) -> list[str]:
 def task_file(draft: Draft) -> bytes:
     order = ["command", "script", *bgtasks.TASK_SETTINGS]
     settings = {key: draft.settings.get(key, "") for key in order}
+    if b"\0" in draft.script:
+        raise MigrateError("holds a NUL byte, which no command can be given")
     lines = [f"{key} = {toml(value)}" for key, value in settings.items() if value not in ({}, "")]
     if not draft.script:
         return "".join(f"{line}\n" for line in lines).encode()
-    if b"# /// script" in draft.script.split(b"\n"):
+    if b"# /// script" in draft.script.replace(b"\r\n", b"\n").split(b"\n"):
         raise MigrateError("has a line '# /// script', which begins the settings of a task")
     block = ["# /// script", "# [tool.bgtasks]", *(f"# {line}" for line in lines), "# ///"]
     return b"#!" + draft.interpreter + b"\n" + "\n".join(block).encode() + b"\n" + draft.script

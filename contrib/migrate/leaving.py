@@ -5,6 +5,7 @@ Task -> Leaving: a command, and moments -> text of the target, and what is lost 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
-from crontabs import HOME_LINE, MARK, cron_input
+from crontabs import HOME_LINE, MARK, assignment, cron_field, cron_input
 from drafts import ALIASES, FIELDS, Files, MigrateError, bgtasks, quoted, said_of_tasks
 
 DAY_NAMES = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
@@ -32,12 +33,17 @@ class Leaving:
     settings: Mapping[str, Any]
     zone: str
     spread: bytes  # the seed of H
-    command: list[str] = field(default_factory=list)
-    by_bgtasks: bool = False  # the command is `bgtasks.py run NAME`
+    by_run: list[str]  # the words of `bgtasks.py run NAME`
+    argv: list[str]  # the words that start it directly
+    by_bgtasks: bool
     line: tuple[str, int, bytes] | None = None  # once a line of a crontab: file, number, command
     reboot: bool = False
     paused: bool = False
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> list[str]:
+        return self.by_run if self.by_bgtasks else self.argv
 
     @property
     def texts(self) -> list[str]:
@@ -48,6 +54,15 @@ class Leaving:
     def env(self) -> Mapping[str, str]:
         """What its command finds in its environment; through bgtasks it has it from there."""
         return {} if self.by_bgtasks else self.settings["env"]
+
+    @property
+    def secrets(self) -> list[str]:
+        return [key for key in self.env if bgtasks.is_secret(key)]
+
+    @property
+    def limit(self) -> int:
+        """Its timeout in whole seconds, as targets read it."""
+        return max(1, round(self.settings["timeout"]))
 
 
 # --- Reading an installation ----------------------------------------------------------------------
@@ -85,19 +100,21 @@ def paused_tasks(state_dir: str) -> set[str]:
 def leaving(settings: bgtasks.Settings, task: bgtasks.Task) -> Leaving:
     """Return how a task goes: called directly, if it does without bgtasks."""
     zone = task.settings["timezone"] or settings.timezone
-    found = Leaving(task.name, task.settings, zone, f"{settings.node}/{task.name}".encode())
     content = b""
     if task.script:
         content = bgtasks.read_checked(os.path.join(settings.tasks_dir, task.script))
+    params = [f"--param_file={','.join(settings.files)}"] if settings.files else []
+    by_run = ["python3", os.path.realpath(bgtasks.__file__), *params, "run", task.name]
     needs_it = not task.argv or task.settings["options"] or task.settings["settings"]
-    found.by_bgtasks = bool(needs_it) or b"BGTASKS_" in content
-    found.command = list(task.argv)
-    if found.by_bgtasks:
-        params = [f"--param_file={','.join(settings.files)}"] if settings.files else []
-        program = os.path.realpath(bgtasks.__file__)
-        found.command = ["python3", program, *params, "run", task.name]
-    elif task.argv[0] == sys.executable:
-        found.command[0] = "python3"
+    found = Leaving(
+        task.name,
+        task.settings,
+        zone,
+        f"{settings.node}/{task.name}".encode(),
+        by_run,
+        ["python3" if word == sys.executable else word for word in task.argv],
+        bool(needs_it) or b"BGTASKS_" in content,
+    )
     if task.file.endswith(".sh") and not found.by_bgtasks:
         read_line(found, content)
     return found
@@ -152,11 +169,17 @@ def five_fields(text: str, spread: bytes) -> list[str]:
 
         lists = croniter.expand(" ".join(plain), hash_id=spread)[0]
         plain = [",".join(map(str, values)) for values in lists]
-    kept = r"[\d*/,-]+"  # as it was written, but for names and a Sunday that is 7
-    for place, word in enumerate(words):
-        if re.fullmatch(kept, word) and not (place == 4 and "7" in word):
-            plain[place] = word
-    return plain
+    return [word if is_the_same_to_all(word, f) else p for word, p, f in zip(words, plain, FIELDS)]
+
+
+def is_the_same_to_all(word: str, field: bgtasks.Field) -> bool:
+    """Tell whether a field can stay as it was written: `5/10`, names, and a Sunday 7 cannot."""
+    if not re.fullmatch(r"[\d*/,-]+", word) or (field.high == 6 and "7" in word):
+        return False
+    try:
+        return cron_field(word, field) == word
+    except MigrateError:
+        return False
 
 
 def times_of(text: str) -> list[list[str]]:
@@ -293,7 +316,7 @@ def note_losses(task: Leaving, target: str) -> None:
         value = task.settings[key]
         if key not in kept and value != bgtasks.TASK_SETTINGS[key][1] and value:
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            shown = f"{value:g} s" if isinstance(value, float) else shown
+            shown = f"{value:.15g} s" if isinstance(value, float) else shown
             task.notes.append(text.format(shown))
 
 
@@ -301,30 +324,26 @@ def note_losses(task: Leaving, target: str) -> None:
 # In: tasks. Out: files by name.
 
 
+MOST_COMMAND = 998  # bytes that Debian's cron takes
+
+
 def to_crontab(settings: bgtasks.Settings, tasks: Sequence[Leaving], _: str) -> dict[str, bytes]:
     """Return one table. Lines that came from a crontab stand last, below their variables."""
-    once = sorted((t for t in tasks if t.line), key=lambda t: (t.line or ("", 0, b""))[:2])
     lines: list[bytes] = []
+    below: list[bytes] = []
     env: dict[str, str] = {}
-    for task in [*(t for t in tasks if not t.line), *once]:
-        as_line = task.line is not None and not set(env) - set(task.env)  # nothing is ever unset
-        if as_line:
-            for key, value in task.env.items():
-                if env.get(key) != value:
-                    lines.append(os.fsencode(f"{key}={cron_value(value)}"))
+    for task in sorted(tasks, key=lambda t: t.line or ("", 0, b"")):
+        given = [pair for pair in task.env.items() if env.get(pair[0]) != pair[1]]
+        assigned = [os.fsencode(f"{key}={cron_value(value)}") for key, value in given]
+        is_exact = [assignment(line) for line in assigned] == given and b"\n" not in b"".join(
+            assigned
+        )
+        if task.line and is_exact and not set(env) - set(task.env):  # nothing is ever unset
             env.update(task.env)
-        command = task.line[2] if task.line and as_line else crontab_command(settings, task)
-        times = ["@reboot"] if task.reboot else cron_lines(task)
-        told = task.settings["description"]
-        if told and not told.startswith("From "):
-            lines.append(os.fsencode(f"# {bgtasks.visible(told)}"))
-        if not times:
-            task.notes.append("only starts when it is asked to: its line is a comment")
-        off = b"# paused: " if task.paused else b"" if times else b"# by hand: "
-        lines += [off + time.encode() + b" " * bool(time) + command for time in times or [""]]
-        if task.zone and "CRON_TZ" not in task.env:
-            task.notes.append(f"timezone {task.zone}: cron reads the line in the machine's zone")
-    return {"crontab": b"".join(line + b"\n" for line in lines)}
+            below += [*assigned, *crontab_lines(task, task.line[2])]
+        else:
+            lines += crontab_lines(task, crontab_command(settings, task))
+    return {"crontab": b"".join(line + b"\n" for line in lines + below)}
 
 
 def cron_value(value: str) -> str:
@@ -333,16 +352,32 @@ def cron_value(value: str) -> str:
     return f"'{value}'" if '"' in value else f'"{value}"'
 
 
+def crontab_lines(task: Leaving, command: bytes) -> list[bytes]:
+    times = ["@reboot"] if task.reboot else cron_lines(task)
+    told = task.settings["description"]
+    about = [os.fsencode(f"# {bgtasks.visible(told)}")] if told and told[:5] != "From " else []
+    is_fit = b"\n" not in command and len(command) <= MOST_COMMAND
+    if not is_fit:
+        task.notes.append("cron takes no command like this: its line is a comment; use a script")
+    if not times:
+        task.notes.append("only starts when it is asked to: its line is a comment")
+    if task.zone and "CRON_TZ" not in task.env:
+        task.notes.append(f"timezone {task.zone}: cron reads the line in the machine's zone")
+    off = b"# paused: " if task.paused else b"" if times and is_fit else b"# by hand: "
+    command = command.replace(b"\n", b"\\n")
+    return about + [off + time.encode() + b" " * bool(time) + command for time in times or [""]]
+
+
 def crontab_command(settings: bgtasks.Settings, task: Leaving) -> bytes:
+    """Return a line's command; what is secret must not stand in it, as all can see it in `ps`."""
+    task.by_bgtasks = task.by_bgtasks or bool(task.secrets)
     words = task.command
     if task.settings["nice"] and not task.by_bgtasks:
         words = ["nice", "-n", str(task.settings["nice"]), *words]
     if task.env:
         words = ["env", *(f"{key}={value}" for key, value in task.env.items()), *words]
-    if any("\n" in word for word in words):
-        task.notes.append("its command has a newline, which no line can hold: put it into a script")
     text = f"cd {shlex.quote(settings.tasks_dir)} && {shlex.join(words)}"
-    return as_cron_text(os.fsencode(text.replace("\n", " ")))
+    return as_cron_text(os.fsencode(text))
 
 
 def calendars(task: Leaving) -> list[str]:
@@ -377,12 +412,11 @@ def to_systemd(settings: bgtasks.Settings, tasks: Sequence[Leaving], _: str) -> 
     owner = os.stat(settings.tasks_dir).st_uid
     for task in tasks:
         unit, times = f"bgtasks-{task.name}", calendars(task)
-        secrets = {key: value for key, value in task.env.items() if bgtasks.is_secret(key)}
-        if secrets:
-            values = "".join(f"{key}={unit_word(value)}\n" for key, value in secrets.items())
+        if task.secrets:
+            values = "".join(f"{key}={env_word(task.env[key])}\n" for key in task.secrets)
             files[f"{unit}.env"] = os.fsencode(values)
             task.notes.append(f"secrets: put {unit}.env into /etc/bgtasks, readable by root only")
-        files[f"{unit}.service"] = os.fsencode(service(settings, task, unit, secrets, owner))
+        files[f"{unit}.service"] = os.fsencode(service(settings, task, unit, owner))
         about = unit_text(task.settings["description"] or task.name)
         persistent = "Persistent=true\n" if any("OnCal" in line for line in times) else ""
         if times:
@@ -402,20 +436,18 @@ def to_systemd(settings: bgtasks.Settings, tasks: Sequence[Leaving], _: str) -> 
     return files
 
 
-def service(
-    settings: bgtasks.Settings, task: Leaving, unit: str, secrets: Mapping[str, str], owner: int
-) -> str:
+def service(settings: bgtasks.Settings, task: Leaving, unit: str, owner: int) -> str:
     values = task.settings
     lines = [f"WorkingDirectory={unit_text(settings.tasks_dir)}"]
     lines.append(f"User={bgtasks.user_name(owner)}")  # only then there is a HOME
     for key, value in task.env.items():
-        if key not in secrets:
+        if key not in task.secrets:
             lines.append(f"Environment={unit_word(f'{key}={value}')}")
-    if secrets:
+    if task.secrets:
         lines.append(f"EnvironmentFile=/etc/bgtasks/{unit}.env")
-    words = [word.replace("$", "$$") for word in task.command]
+    words = [task.command[0], *(word.replace("$", "$$") for word in task.command[1:])]
     lines.append(f"ExecStart={' '.join(map(unit_word, words))}")
-    lines.append(f"TimeoutStartSec={values['timeout']:g}")
+    lines.append(f"TimeoutStartSec={task.limit}")
     if not task.by_bgtasks:
         lines += [f"Nice={values['nice']}"] * bool(values["nice"])
         lines += [f"MemoryMax={values['memory_limit']}"] * bool(values["memory_limit"])
@@ -434,23 +466,29 @@ def unit_word(text: str) -> str:
     return '"' + text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r") + '"'
 
 
+def env_word(text: str) -> str:
+    """Return a value of an EnvironmentFile in quotes; there, % and $ mean nothing."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def to_kubernetes(
     settings: bgtasks.Settings, tasks: Sequence[Leaving], image: str
 ) -> dict[str, bytes]:
     if not image:
         raise MigrateError("--image is missing: the image that holds this installation")
     files: dict[str, bytes] = {}
+    taken: set[str] = set()
     for task in tasks:
         times = cron_lines(task)
+        name, *numbered = job_names(task.name, len(times), taken)
         if task.reboot or not times:
             task.notes.append(
                 "only starts when it is asked to: it is suspended, with a schedule for show"
             )
-        for number, schedule in enumerate(times or ["@yearly"], start=1):
-            name = job_name(task.name, "" if len(times) < 2 else f"-{number}", files)
-            job = cron_job(settings, task, image, name, schedule)
+        for job_name, schedule in zip(numbered or [name], times or ["@yearly"]):
+            job = cron_job(settings, task, image, job_name, schedule, name)
             job["spec"]["suspend"] = task.paused or not times
-            files[f"{name}.yaml"] = "".join(yaml(job)).encode()
+            files[f"{job_name}.yaml"] = "".join(yaml(job)).encode()
         if len(times) > 1:
             task.notes.append(f"is {len(times)} CronJobs, which can run at the same time")
         for line in times:
@@ -461,33 +499,35 @@ def to_kubernetes(
                 )
         if task.paused:
             task.notes.append("is paused: suspended")
-        for key in filter(bgtasks.is_secret, task.env):
-            secret = job_name(task.name, "", {})
-            task.notes.append(
-                f"secret: kubectl create secret generic {secret} --from-file={key}=FILE"
-            )
+        if task.secrets:
+            given = " ".join(f"--from-file={key}=FILE" for key in task.secrets)
+            task.notes.append(f"secret: kubectl create secret generic {name} {given}")
     return files
 
 
-def job_name(name: str, suffix: str, taken: Mapping[str, bytes]) -> str:
-    """Return a name as Kubernetes allows it, that no other has; of at most 52 letters."""
-    base = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-") or "task"
-    found, count = f"{base[: 52 - len(suffix)].rstrip('-')}{suffix}", 1
-    while f"{found}.yaml" in taken:
-        count += 1
-        found = f"{base[: 48 - len(suffix)].rstrip('-')}-{count}{suffix}"
-    return found
+def job_names(name: str, count: int, taken: set[str]) -> list[str]:
+    """Return a name as Kubernetes allows it, of at most 52 letters, and numbered ones for many.
+
+    No other task has one of them; the first also names the task's secrets."""
+    base = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-")[:44].rstrip("-") or "task"
+    for turn in itertools.count(1):
+        stem = base if turn == 1 else f"{base}-{turn}"
+        names = [stem, *(f"{stem}-{number}" for number in range(1, count + 1) if count > 1)]
+        if not taken.intersection(names):
+            break
+    taken.update(names)
+    return names
 
 
 def cron_job(
-    settings: bgtasks.Settings, task: Leaving, image: str, name: str, schedule: str
+    settings: bgtasks.Settings, task: Leaving, image: str, name: str, schedule: str, secret: str
 ) -> dict[str, Any]:
     values = task.settings
     env: list[dict[str, Any]] = []
     for key, value in task.env.items():
-        reference = {"secretKeyRef": {"name": job_name(task.name, "", {}), "key": key}}
+        reference = {"secretKeyRef": {"name": secret, "key": key}}
         plain = {"value": value.replace("$(", "$$(")}
-        env.append({"name": key, **({"valueFrom": reference} if bgtasks.is_secret(key) else plain)})
+        env.append({"name": key, **({"valueFrom": reference} if key in task.secrets else plain)})
     container: dict[str, Any] = {
         "name": "task",
         "image": image,
@@ -500,7 +540,7 @@ def cron_job(
         container["resources"] = {"limits": {"memory": str(values["memory_limit"])}}
     pod = {
         "restartPolicy": "Never",
-        "activeDeadlineSeconds": int(values["timeout"]),
+        "activeDeadlineSeconds": task.limit,
         "containers": [container],
     }
     spec: dict[str, Any] = {"schedule": schedule, "concurrencyPolicy": "Forbid"}
@@ -520,19 +560,21 @@ def yaml(value: Any, indent: str = "") -> list[str]:
     lines: list[str] = []
     pairs = value.items() if isinstance(value, dict) else (("-", item) for item in value)
     for key, item in pairs:
-        head = f"{indent}-" if key == "-" else f"{indent}{plain_key(key)}:"
+        head = f"{indent}-" if key == "-" else f"{indent}{key}:"
         if isinstance(item, dict) and key == "-":
             first, *rest = yaml(item, indent + "  ")
             lines += [f"{head} {first[len(indent) + 2 :]}", *rest]
         elif isinstance(item, (dict, list)) and item:
             lines += [f"{head}\n", *yaml(item, indent + "  ")]
         else:
-            lines.append(f"{head} {json.dumps(item)}\n")
+            text = json.dumps(item)
+            if isinstance(item, str):  # in YAML, no two escapes make one sign
+                text = "".join(
+                    c if c < "\x7f" else f"\\U{ord(c):08x}"
+                    for c in json.dumps(item, ensure_ascii=False)
+                )
+            lines.append(f"{head} {text}\n")
     return lines
-
-
-def plain_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z][\w./-]*", key) else json.dumps(key)
 
 
 TARGETS: Mapping[str, Callable[[bgtasks.Settings, Sequence[Leaving], str], dict[str, bytes]]] = {

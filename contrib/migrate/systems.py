@@ -28,6 +28,7 @@ from drafts import (
     open_source,
     quoted,
     settle_schedule,
+    settle_zone,
 )
 
 # --- Expressions ----------------------------------------------------------------------------------
@@ -163,7 +164,10 @@ HEAD = re.compile(
     rb"(?:[`\"]?[\w$-]+[`\"]?\.)?[`\"]?([\w$-]+)[`\"]?",
     re.IGNORECASE,
 )
-COLUMN = re.compile(rb"^\s*[`\"]([^`\"]+)[`\"]\s", re.MULTILINE)
+COLUMN = re.compile(
+    rb"^\s*(?!(?:PRIMARY|UNIQUE|FULLTEXT|KEY|INDEX|CONSTRAINT|FOREIGN|CHECK)\b)[`\"]?(\w+)[`\"]?\s",
+    re.MULTILINE,
+)
 TOKEN = re.compile(
     rb"\s*(?:([(),;])|(NULL)|(?:_\w+\s*|[bBnN])?'([^'\\]*(?:(?:\\.|'')[^'\\]*)*)'"
     rb"|0x([0-9A-Fa-f]+)|([-+.\w]+))",
@@ -266,7 +270,7 @@ def read_dump(dump: Iterable[bytes], rows: Rows) -> None:
         names = re.findall(r"\w+", listed.decode("utf-8", "replace")) or columns.get(table)
         if not names or not values:
             raise MigrateError(
-                f"table {table}: the dump does not name its columns; make a whole one"
+                f"table {table}: the dump does not name its columns; make a whole one by mysqldump"
             )
         for row in values_of(values[0], table):
             if len(row) != len(names):
@@ -452,6 +456,7 @@ def read_glpi(rows: Mapping[str, list[Row]], root: str) -> Haul:
     haul.remarks += [
         "take front/cron.php out of the crontab, and set the tasks to CLI: else both run them",
         "front/cron.php ends with 0 even if a task failed: see GLPI's own log for that",
+        "a task that files/_cron/*.lock stops in GLPI goes on here: --force does not look at them",
         "all are due at once when they are new, whenever they ran last in GLPI",
     ]
     return haul
@@ -472,18 +477,22 @@ def glpi_limits(draft: Draft, row: Row) -> None:
     draft.settings["history_lifetime"] = f"{min(days, 366) if days > 0 else 366} d"
     if not 0 < days <= 366:
         draft.notes.append("its history is kept for 366 days, the most there is")
-    if not number(row["allowmode"]) & 1:
+    if not number(row["allowmode"]) & 2:
+        draft.settings["enabled"] = False
         draft.notes.append(
-            "GLPI may refuse --force: the task is not allowed internally (allowmode)"
+            "is paused: its CLI mode is not allowed (allowmode), so --force does nothing"
+        )
+    if number(row["state"]) == 2:
+        draft.notes.append(
+            "GLPI says that it runs, and starts it no more if it does not: bin/console task:unlock"
         )
 
 
-class Job(NamedTuple):
-    """A task of Magento: its group, its expression, and where in the configuration that is."""
+Job = dict[str, str]  # what is known of a task of Magento, by the path below crontab/jobs/CODE
 
-    group: str = "default"
-    text: str = ""
-    path: str = ""
+
+ZONE = "general/locale/timezone"
+AOE_FIELDS = ("is_active", "groups", "description", "parameters", "on_success")
 
 
 def read_magento(rows: Mapping[str, list[Row]], root: str) -> Haul:
@@ -494,25 +503,24 @@ def read_magento(rows: Mapping[str, list[Row]], root: str) -> Haul:
         for row in rows["core_config_data"]
         if row.get("scope", "default") == "default" and row["value"]
     }
-    for path in config:
-        found = re.fullmatch(r"crontab/(?:([\w-]+)/)?jobs/([^/]+)/schedule/cron_expr", path)
+    for path, value in config.items():
+        found = re.fullmatch(r"crontab/(?:([\w-]+)/)?jobs/([^/]+)/(.+)", path)
         if found:
-            old = jobs.get(found[2], Job(found[1] or "default"))
-            jobs[found[2]] = old._replace(path=path)
+            jobs.setdefault(found[2], {"groups": found[1] or ""})[found[3]] = value
     for row in rows["cron_schedule"]:
-        jobs.setdefault(row["job_code"] or "", Job())
+        jobs.setdefault(row["job_code"] or "", {})
+    jobs.pop("", None)
     is_one = os.path.isfile(os.path.join(root, "app", "Mage.php"))
     is_one = is_one or any(path.startswith("crontab/jobs/") for path in config)
-    zone = config.get("general/locale/timezone", "")
     for code, job in sorted(jobs.items()):
-        if code:
-            found_job = job._replace(text=config.get(job.path, job.text))
-            haul.drafts.append(magento_task(code, found_job, root, zone, is_one=is_one))
+        haul.drafts.append(magento_task(code, job, config, root, is_one=is_one))
     program = magento_command("", root, is_one=is_one)[0]
     haul.remarks += [
         "take bin/magento cron:run (or cron.sh) out of the crontab first: else both run the tasks",
         f"tasks are started one by one through {program}, which must be installed",
     ]
+    if ZONE not in config:
+        haul.remarks.append(f"{ZONE} is not set: schedules are read in the machine's zone")
     return haul
 
 
@@ -526,20 +534,22 @@ def magento_jobs(root: str) -> dict[str, Job]:
                 tree = ET.parse(path).getroot()  # noqa: S314 - a file of the shop
             except (ET.ParseError, OSError) as error:
                 raise MigrateError(f"{path}: cannot be read ({error})") from None
-            jobs.update(jobs_of(tree))
+            for code, job in jobs_of(tree):
+                jobs.setdefault(code, {}).update(job)
     return jobs
 
 
 def jobs_of(tree: ET.Element) -> Iterator[tuple[str, Job]]:
+    """Return the tasks of a file of Magento 2, or 1 with the fields of Aoe_Scheduler."""
     for group in tree.iter("group"):
         for job in group.iter("job"):
-            name, code = group.get("id", "default"), job.get("name", "")
-            path = job.findtext("config_path") or f"crontab/{name}/jobs/{code}/schedule/cron_expr"
-            yield code, Job(name, (job.findtext("schedule") or "").strip(), path)
-    for job in tree.findall("crontab/jobs/*"):
-        path = job.findtext("schedule/config_path") or ""
-        path = path or f"crontab/jobs/{job.tag}/schedule/cron_expr"
-        yield job.tag, Job("default", (job.findtext("schedule/cron_expr") or "").strip(), path)
+            found = {"groups": group.get("id", "")}
+            found["schedule/cron_expr"] = (job.findtext("schedule") or "").strip()
+            found["schedule/config_path"] = (job.findtext("config_path") or "").strip()
+            yield job.get("name", ""), found
+    for job in [*tree.findall("crontab/jobs/*"), *tree.findall("default/crontab/jobs/*")]:
+        paths = ("schedule/cron_expr", "schedule/config_path", *AOE_FIELDS)
+        yield job.tag, {path: text.strip() for path in paths if (text := job.findtext(path))}
 
 
 def magento_command(code: str, root: str, *, is_one: bool) -> list[str]:
@@ -550,15 +560,30 @@ def magento_command(code: str, root: str, *, is_one: bool) -> list[str]:
     return [program, f"--root-dir={root}", "sys:cron:run", code]
 
 
-def magento_task(code: str, job: Job, root: str, zone: str, *, is_one: bool) -> Draft:
-    draft = Draft(f"job {code}", code, {"description": f"Magento: {code}", "group": job.group})
-    draft.settings["command"] = magento_command(code, root, is_one=is_one)
-    if zone:
-        draft.settings["timezone"] = zone
-    if job.text:
-        settle_expression(draft, job.text, partial(read_magento_expression, is_one=is_one))
+def magento_task(
+    code: str, job: Job, config: Mapping[str, str], root: str, *, is_one: bool
+) -> Draft:
+    draft = Draft(f"job {code}", code, {"command": magento_command(code, root, is_one=is_one)})
+    draft.settings["description"] = f"Magento: {job.get('description') or code}"
+    settle_zone(draft, config.get(ZONE, ""), ZONE)
+    text = config.get(job.get("schedule/config_path", "")) or job.get("schedule/cron_expr", "")
+    if text:
+        settle_expression(draft, text, partial(read_magento_expression, is_one=is_one))
     else:
         draft.pause("its schedule was not found; it stands in a crontab.xml, below --root or not")
+    disabled = re.split(r"\s*,\s*", config.get("system/cron/disabled_crons", ""))
+    if job.get("is_active", "1").lower() in ("0", "false") or code in disabled:
+        draft.settings["enabled"] = False
+    first, *others = re.split(r"\s*,\s*", job.get("groups") or "default")
+    draft.settings["group"] = first
+    if others:
+        draft.notes.append(f"is in one group here, and no more in {', '.join(others)}")
+    if "parameters" in job:
+        draft.settings["options"] = {"parameters": job["parameters"]}
+        draft.notes.append("its parameters are for show: Magento reads its own")
+    if "on_success" in job:
+        text = f"on_success {job['on_success']}: write after = [...] into those tasks"
+        draft.notes.append(f"{text}; a task with a schedule then waits for both")
     return draft
 
 

@@ -37,6 +37,7 @@ import leaving  # noqa: E402
 import migrate as program_code  # noqa: E402
 import systems  # noqa: E402
 
+FULL = bool(os.environ.get("BGTASKS_FULL"))
 PATHS = f"{os.environ.get('PATH', '')}:/usr/sbin"
 UTC = bgtasks.Zone("UTC")
 WEEKS = 14 * 86400
@@ -294,6 +295,32 @@ def test_a_moved_task_runs(tmp_path):
     assert out == f"{moved.folder}\nmy  value\nin\nput\n".encode()
     assert code == 1
     assert moved.task("say_it")["description"] == "Say it"
+
+
+@needs_croniter
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+def test_a_wake_up_runs_what_cron_would_have_run(site, tmp_path, shell):
+    """Same shell, same folder, same input, same environment: cron's, and what the table adds."""
+    by_cron = {"HOME": str(tmp_path), "LOGNAME": "me", "PATH": "/usr/bin:/bin", "SHELL": "/bin/sh"}
+    table = f"SHELL={shell}\nPATH=/usr/sbin:/usr/bin:/bin\nMAILTO=\"\"\nX=$HOME 'a' \\\n"
+    seen = "pwd; cat; env; readlink /proc/$$/exe"
+    moved = move_in(tmp_path, f"{table}* * * * * ({seen}) >seen%in \\%put%\n")
+    (task,) = moved.tasks.iterdir()
+    shutil.copy(task, site.tasks)
+    ahead = site.movable_clock()
+    for seconds in ("0", "61"):
+        ahead.write_text(seconds)
+        subprocess.run(
+            site.command("--cron_max_execution_time=0"), env=by_cron, check=True, timeout=120
+        )
+    given = {"SHELL": shell, "PATH": "/usr/sbin:/usr/bin:/bin", "MAILTO": "", "X": "$HOME 'a' \\"}
+    folder, data, *lines, program_file = (tmp_path / "seen").read_text().splitlines()
+    assert (folder, data) == (str(tmp_path), "in %put")
+    assert program_file == os.path.realpath(shell)
+    env = dict(line.split("=", 1) for line in lines)
+    own = {key for key in env if key.startswith("BGTASKS_")} | {"_", "PWD", "OLDPWD", "SHLVL"}
+    own.add("LC_CTYPE")  # Python sets it for itself where no language is set (PEP 538)
+    assert {key: env[key] for key in env if key not in own} == {**by_cron, **given}
 
 
 @given(
@@ -1017,6 +1044,79 @@ def test_a_crontab_goes_out_as_it_came_in(tmp_path):
     assert moved.bgtasks("pause", "sync").returncode == 0
     shown = said(migrate("to_crontab", f"--param_file={moved.params}", "--dry_run"))
     assert "\n# paused: */5 * * * * cd /srv/app && ./bin/sync --all >/dev/null\n" in shown
+
+
+SPAN = (MONDAY + 3 * 86400, 4 * 86400)  # over the end of a month
+FIELDS = st.tuples(
+    st.sampled_from(["*/20", "0", "59", "1-50/7", "5,10-12", "*/30,7", "00"]),
+    st.sampled_from(["*", "*/5", "0", "8-18/2", "22,23", "23"]),
+    st.sampled_from(["*", "*/2", "1", "28,1-3", "26-27", "01"]),
+    st.sampled_from(["*", "2,3", "feb", "MAR-5", "*/2"]),
+    st.sampled_from(["*", "7", "0-7/2", "sun", "Mon-fri", "*/2", "1,5"]),
+).map(" ".join)
+WORDS = st.text("ab %\\'\"$#`;=\t\xe4", max_size=9).map(lambda text: text.lstrip(" \t%*") or "x")
+VARIABLES = st.dictionaries(
+    st.sampled_from(["A", "PATH_X", "MY_TOKEN", "SHELL_X"]),
+    st.text("ab $#=\\%'", max_size=6).map(str.strip)
+    | st.sampled_from([" a ", "it's", '"', "'", "a'b", '1"2']),
+    max_size=2,
+)
+
+
+@needs_croniter
+@given(st.lists(st.tuples(VARIABLES, FIELDS, WORDS), min_size=1, max_size=3))
+@settings(max_examples=400 if FULL else 12)
+def test_what_went_in_comes_out_and_runs_at_the_same_minutes(tmp_path_factory, lines):
+    folder = tmp_path_factory.mktemp("round")
+    text = ""
+    for variables, times, command in lines:
+        values = (f"{key}={leaving.cron_value(value)}\n" for key, value in variables.items())
+        text += f"{''.join(values)}{times} {command}\n"
+    before = crontabs.read_crontab("crontab", text.encode(), user_column=False)
+    assert len(before.drafts) == len(lines), before.remarks
+    drafts.write_folder(str(folder / "in"), drafts.files_of(before).content)
+    (folder / "in/cron.params").touch(mode=0o600)
+    out = leaving.leave("to_crontab", str(folder / "in/cron.params"), "").content["crontab"]
+    assert crontab_takes(folder, out), out
+    after = crontabs.read_crontab("crontab", out, user_column=False)
+    again = crontabs.read_crontab("crontab", text.encode(), user_column=False)
+    span = [(utc, utc) for utc in range(SPAN[0] // 60, sum(SPAN) // 60)]
+    for line, old, new in zip(lines, again.drafts, after.drafts):
+        assert new.settings["env"] == old.settings["env"]
+        assert command_of(new) == command_of(old)
+        assert minutes(new.settings["schedule"], *SPAN) == oracle_fires(line[1].lower(), span)
+
+
+TEXT = st.text(max_size=8) | st.text("\n\r\t\"'\\%$;` a\x00\x1b\u2028=[]", max_size=8)
+
+
+def unquoted(text):
+    """Return the words of a line of a unit as systemd.syntax(7) tells to read them."""
+    assert re.fullmatch(r'(?:"(?:[^"\\]|\\.)*" ?)+', text)
+    signs = {"n": "\n", "t": "\t", "r": "\r"}
+    words = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
+    words = [re.sub(r"\\(.)", lambda f: signs.get(f[1], f[1]), word) for word in words]
+    return [word.replace("%%", "%") for word in words]
+
+
+@given(TEXT, TEXT, st.lists(TEXT, max_size=3))
+@settings(max_examples=2000 if FULL else 60)
+def test_no_text_breaks_out_of_a_unit_or_a_cron_job(about, value, words):
+    import yaml
+
+    defaults = {key: default for key, (_, default) in bgtasks.TASK_SETTINGS.items()}
+    values = {**defaults, "description": about, "env": {"A": value}, "timeout": 86400.0}
+    given = {"by_run": [], "argv": ["x", *words], "by_bgtasks": False}
+    task = leaving.Leaving("t", {**values, "schedule": "manual"}, "", b"", **given)
+    installed = bgtasks.read_settings({}, "/srv/app/bgtasks.py")
+    lines = leaving.service(installed, task, "u", 0).split("\n")
+    keys = ["[Unit]", "Description", "", "[Service]", "Type", "WorkingDirectory", "User"]
+    keys += ["Environment", "ExecStart", "TimeoutStartSec", ""]
+    assert [line.partition("=")[0] for line in lines] == keys
+    assert unquoted(lines[7][len("Environment=") :]) == [f"A={value}"]
+    assert unquoted(lines[8][len("ExecStart=") :]) == ["x", *(w.replace("$", "$$") for w in words)]
+    job = leaving.cron_job(installed, task, "i", "t", "@yearly", "t")
+    assert yaml.safe_load("".join(leaving.yaml(job))) == job
 
 
 GREETING = 'it\'s 100% "$HOME" \\'

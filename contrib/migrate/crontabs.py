@@ -185,11 +185,11 @@ def cron_line(where: str, text: bytes, env: Mapping[str, str], *, user_column: b
         raise refused(f"bad username {user!r}")
     if rest.startswith(b"*") and not user_column:
         raise refused("bad command: there is a field too many")
-    if not rest:
-        raise MigrateError("has no command, so cron does nothing")
     if WAKES.search(rest):
         raise MigrateError("wakes bgtasks itself")
     command, data = cron_input(rest)
+    if not command:
+        raise MigrateError("has no command, so cron does nothing")
     draft = Draft(where, name_for(decoded(command)), {}, folder=user)
     add_environment(draft, env)
     if schedule == "@reboot":

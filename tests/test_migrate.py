@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import migrate_tables
 import pytest
-from conftest import PROGRAM, wait_for
+import sql_servers
+from conftest import PROGRAM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import needs_croniter, oracle_fires
@@ -617,45 +619,22 @@ ROOTS = {
 
 @contextmanager
 def database(folder):
-    """A private MariaDB with the tables of the four systems; yields how clients reach it."""
-    server, install = program("mariadbd"), program("mariadb-install-db")
-    options = ["--no-defaults", f"--datadir={folder / 'data'}"]
-    options += [f"--user={'root' if os.geteuid() == 0 else os.environ.get('USER', '')}"]
-    made = [install, *options, "--skip-test-db", "--auth-root-authentication-method=normal"]
-    subprocess.run(made, check=True, capture_output=True)
-    options += ["--skip-networking", f"--socket={folder / 's'}", f"--pid-file={folder / 'pid'}"]
-    running = subprocess.Popen(
-        [server, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        (folder / "my.cnf").write_text(f"[client]\nuser = root\nsocket = {folder / 's'}\n")
-        client = [
-            program("mariadb"),
-            f"--defaults-file={folder / 'my.cnf'}",
-            "--default-character-set=utf8mb4",
-        ]
-        wait_for(
-            lambda: (
-                subprocess.run(
-                    [*client, "-e", "CREATE DATABASE IF NOT EXISTS old"],
-                    capture_output=True,
-                    check=False,
-                ).returncode
-                == 0
-            ),
-            60,
-        )
+    """A MariaDB with the tables of the four systems; yields how clients reach it."""
+    reason = sql_servers.missing("mysql")
+    if reason and not os.environ.get("CI"):
+        pytest.skip(reason)
+    with sql_servers.running("mysql") as server:
+        server.create("old")
+        login = folder / "my.cnf"
+        login.write_text(f"[client]\nuser = root\nsocket = {server.socket}\n")
+        client = [program("mariadb"), f"--defaults-file={login}", "--default-character-set=utf8mb4"]
         tables = migrate_tables.TABLES + migrate_tables.ROWS
         subprocess.run([*client, "old"], input=tables.encode(), check=True)
-        yield folder / "my.cnf"
-    finally:
-        running.send_signal(signal.SIGTERM)
-        running.wait(60)
+        yield login
 
 
 def test_a_dump_and_the_database_say_the_same(tmp_path_factory):
     folder = tmp_path_factory.mktemp("db")
-    package("pymysql")
     with database(folder) as login:
         dump = [program("mysqldump"), f"--defaults-file={login}", "old"]
         for number, options in enumerate(
@@ -833,20 +812,46 @@ def test_magento(tmp_path, monkeypatch):
     assert b"crontab.xml: cannot be read (no element found" in broken.stderr
 
 
+AOE = """<config><crontab><jobs>
+<log_clean><schedule><cron_expr>always</cron_expr></schedule><groups>one, two</groups></log_clean>
+<no><schedule><cron_expr>1 2 * * *</cron_expr></schedule><is_active>0</is_active></no>
+<on><schedule><cron_expr>1 2 * * *</cron_expr></schedule><is_active>0</is_active></on>
+<stopped><schedule><cron_expr>1 2 * * *</cron_expr></schedule></stopped>
+</jobs></crontab><default><crontab><jobs><told><description>Tell it</description>
+<schedule><config_path>told/when</config_path><cron_expr>1 2 * * *</cron_expr></schedule>
+<parameters>{"a": 1}</parameters><on_success>on</on_success></told></jobs></crontab></default>
+</config>"""
+AOE_ROWS = """INSERT INTO `shop_core_config_data` VALUES
+(91,'default',0,'crontab/jobs/on/is_active','1'),(92,'default',0,'told/when','3 4 * * *'),
+(93,'default',0,'system/cron/disabled_crons','other, stopped'),
+(94,'default',0,'general/locale/timezone','Nowhere/Land');
+"""
+
+
 @needs_croniter
 def test_magento_1_with_its_scheduler(tmp_path, monkeypatch):
     root = tmp_path / "shop"
     for name in ("app/Mage.php", "shell/scheduler.php", "app/code/core/Mage/Log/etc/config.xml"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(
-            "<config><crontab><jobs><log_clean><schedule><cron_expr>always</cron_expr></schedule>"
-            "</log_clean></jobs></crontab></config>"
-        )
+        (root / name).write_text(AOE)
     monkeypatch.setitem(ROOTS, "magento", root)
+    monkeypatch.setattr(migrate_tables, "ROWS", migrate_tables.ROWS + AOE_ROWS)
     moved = move_system(tmp_path, "magento")
-    assert moved.task("log_clean")["schedule"] == "always"
+    tasks = {name: task.settings for name, task in moved.all().items()}
+    assert tasks["log_clean"]["schedule"] == "always"
+    assert tasks["log_clean"]["group"] == "one"
+    assert "is in one group here, and no more in two" in moved.report
     scheduler = ("php", f"{root}/shell/scheduler.php", "--action", "runNow", "--code", "log_clean")
     assert moved.all()["log_clean"].argv == scheduler
+    on = {name: tasks[name]["enabled"] for name in ("no", "on", "stopped", "told")}
+    assert on == {"no": False, "on": True, "stopped": False, "told": True}
+    assert tasks["no"]["schedule"] == "1 2 * * *"
+    assert tasks["told"]["description"] == "Magento: Tell it"
+    assert tasks["told"]["schedule"] == "3 4 * * *"
+    assert tasks["told"]["options"] == {"parameters": '{"a": 1}'}
+    assert not tasks["told"]["timezone"]
+    assert "general/locale/timezone is not carried over: timezone: unknown zone" in moved.report
+    assert "on_success on: write after = [...] into those tasks" in moved.report
 
 
 def magento_field(field, value, one):
@@ -950,8 +955,6 @@ def test_a_task_of_privacyidea_fails_if_it_says_so(tmp_path, monkeypatch, says, 
 
 
 def test_sqlite_says_the_same_as_a_dump(tmp_path):
-    import sqlite3
-
     path = tmp_path / "pi.sqlite"
     with sqlite3.connect(path) as db:
         for table in ("periodictask", "periodictaskoption"):
@@ -967,6 +970,46 @@ def test_sqlite_says_the_same_as_a_dump(tmp_path):
     assert (
         b"pi.sqlite: cannot be read (" in migrate("privacyidea", path, "--dry_run", code=1).stderr
     )
+
+
+def test_a_dump_may_name_its_columns_without_quotes(tmp_path):
+    path = handmade(tmp_path)
+    quoted_names = planned("itop", str(path), "", "/x")
+    path.write_text(path.read_text().replace("`", ""))
+    assert planned("itop", str(path), "", "/x") == quoted_names
+
+
+HOSTILE = st.text(max_size=9) | st.text("\n\r\x00\x0b\x85\u2028'\"`$#/ \\\\;%a", max_size=9)
+HOSTILE |= st.sampled_from(["a\r\n# /// script\r\n", "\n# ///\nx", "# /// script", "$(x)`x`"])
+
+
+@needs_croniter
+@given(HOSTILE, st.sampled_from(["", "api_key", "a b"]), HOSTILE, HOSTILE)
+@settings(max_examples=600 if FULL else 30)
+def test_no_text_of_a_table_is_more_than_text(tmp_path_factory, name, before, key, value):
+    folder, key = tmp_path_factory.mktemp("hostile"), before + key
+    row = {"id": "1", "name": name, "active": "1", "interval": "@hourly", "nodes": name}
+    row |= {"ordering": "7", "taskmodule": name}
+    option = {"periodictask_id": "1", "key": key, "value": value}
+    rows = {"periodictask": [row], "periodictaskoption": [option]}
+    files = drafts.files_of(systems.read_privacyidea(rows, str(folder)))
+    assert not [line for line in files.report if not line.isprintable()]
+    paths = [path for path in files.content if path != "cron.params"]
+    if "\0" in name or not paths:
+        text = "# /// script" if "# /// script" in name else "holds a NUL byte"
+        assert text in "".join(files.report)
+        return
+    drafts.write_folder(str(folder / "new"), files.content)
+    moved = Moved(folder / "new", "")
+    (task,) = moved.all().values()
+    assert (task.error, task.settings["order"]) == ("", 7)
+    kept = {} if "is not carried over" in "".join(files.report) else {key: value}
+    assert task.settings["options"] == kept
+    (folder / "bin").mkdir()
+    (folder / "bin/privacyidea-cron").write_text('#!/bin/sh\nprintf %s. "$3"\n')
+    (folder / "bin/privacyidea-cron").chmod(0o755)
+    done = subprocess.run(task.argv, cwd=folder, capture_output=True, check=False)
+    assert done.stdout.decode() == f"{name}.\n"
 
 
 @pytest.mark.parametrize(
@@ -1047,6 +1090,30 @@ def test_a_crontab_goes_out_as_it_came_in(tmp_path):
 
 
 SPAN = (MONDAY + 3 * 86400, 4 * 86400)  # over the end of a month
+
+
+@needs_croniter
+def test_what_no_table_of_cron_can_hold_is_a_comment_in_it(tmp_path):
+    moved = move_in(tmp_path, "A=1\n0 0 * * * first\n0 1 * * * second\n0 2 * * * third\n")
+    for name, value in (("first", "1\n* * * * * x"), ("second", "'\" ")):
+        path = moved.tasks / f"{name}.sh"
+        path.write_text(path.read_text().replace('"A" = "1"', f'"A" = {json.dumps(value)}'))
+    long = "x" * 990
+    (moved.tasks / "long.toml").write_text(f'schedule = "daily 03:00"\ncommand = ["{long}"]\n')
+    migrate("to_crontab", f"--param_file={moved.params}", "--to", tmp_path / "out")
+    table = (tmp_path / "out/crontab").read_text()
+    assert crontab_takes(tmp_path, table), table
+    cd = f"cd {moved.tasks} && "
+    expected = [
+        f"# by hand: 0 0 * * * {cd}env 'A=1\\n* * * * * x' {moved.tasks}/first.sh",
+        f"0 1 * * * {cd}env 'A='\"'\"'\" ' {moved.tasks}/second.sh",
+        f"# by hand: 0 3 * * * {cd}{long}",
+        "A=1",
+        "0 2 * * * third",
+    ]
+    assert sorted(table.splitlines()) == sorted(expected)
+
+
 FIELDS = st.tuples(
     st.sampled_from(["*/20", "0", "59", "1-50/7", "5,10-12", "*/30,7", "00"]),
     st.sampled_from(["*", "*/5", "0", "8-18/2", "22,23", "23"]),

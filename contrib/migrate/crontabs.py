@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from drafts import (
     ALIASES,
-    FIELDS,
     Draft,
     Haul,
     MigrateError,
@@ -23,73 +22,6 @@ from drafts import (
     settle_schedule,
     settle_zone,
 )
-
-# --- The five fields ------------------------------------------------------------------------------
-# In: a field. Out: text that bgtasks reads as the same minutes.
-
-NUMBER = re.compile(r"[0-9A-Za-z]+")
-
-
-def refused(what: str) -> MigrateError:
-    return MigrateError(f"{what}, which cron refuses too")
-
-
-def cron_number(text: str, at: int, field: bgtasks.Field) -> tuple[int, int]:
-    """Return the number or name at a place of a field, and the place after it."""
-    found = NUMBER.match(text, at)
-    word = found[0].lower() if found else ""
-    names = field.names.split() if field.high in (6, 12) else []
-    if word not in names and not word.isdigit():
-        raise refused(f"bad {field.name}")
-    number = field.low + names.index(word) if word in names else int(word)
-    return number, at + len(word)
-
-
-def cron_range(text: str, at: int, field: bgtasks.Field) -> tuple[bool, int]:
-    """Return whether the range at a place of a field matches anything, and the place after it."""
-    high = field.high + (field.high == 6)
-    if text[at : at + 1] == "*":
-        first, last, at = field.low, high, at + 1
-    else:
-        first, at = cron_number(text, at, field)
-        last = first
-        if text[at : at + 1] == "-":
-            last, at = cron_number(text, at + 1, field)
-        elif text[at : at + 1] == "/":
-            raise refused(f"bad {field.name}")
-    if text[at : at + 1] == "/":
-        step = re.compile(r"0*[1-9]\d*(?![0-9A-Za-z])").match(text, at + 1)
-        if not step:
-            raise refused(f"bad {field.name}")
-        at = step.end()
-    if not (field.low <= first <= high and field.low <= last <= high):
-        raise refused(f"bad {field.name}")
-    return first <= last, at
-
-
-def cron_field(text: str, field: bgtasks.Field) -> str:
-    """Return a field as Debian's cron reads it, without what it skips; empty if it never matches.
-
-    It stops at the first sign that it does not expect, and a falling range starts nothing."""
-    parts, at = [], 0
-    while True:
-        start = at
-        matches, at = cron_range(text, at, field)
-        parts += [text[start:at]] if matches else []
-        if text[at : at + 1] != ",":
-            return ",".join(parts)
-        at += 1
-
-
-def cron_schedule(words: Sequence[str]) -> str:
-    """Return the schedule of a line of a crontab; empty if it never comes.
-
-    Of two day fields without a * one is enough."""
-    fields = [cron_field(word, field) for word, field in zip(words, FIELDS)]
-    if "*" not in (words[2][0], words[4][0]) and (fields[2] or fields[4]):
-        fields[2], fields[4] = fields[2] or "*", fields[4] or "*"
-    return " ".join(fields) if all(fields) else ""
-
 
 # --- Lines ----------------------------------------------------------------------------------------
 # In: the bytes of a table. Out: drafts, whose scripts hold the commands byte for byte.
@@ -178,13 +110,11 @@ def cron_line(where: str, text: bytes, env: Mapping[str, str], *, user_column: b
     *words, rest = [*re.split(rb"[ \t]+", text, maxsplit=count), *[b""] * count][: count + 1]
     times = [decoded(word) for word in words]
     user = times.pop() if user_column else ""
-    schedule = times[0] if times[0].startswith("@") else cron_schedule(times)
-    if schedule.startswith("@") and schedule not in (*ALIASES, "@reboot"):
-        raise refused("bad time specifier")
+    schedule = " ".join(times)
     if user_column and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*\$?", user):
-        raise refused(f"bad username {user!r}")
+        raise MigrateError(f"bad username {user!r}, which cron refuses too")
     if rest.startswith(b"*") and not user_column:
-        raise refused("bad command: there is a field too many")
+        raise MigrateError("there is a field too many, which cron refuses too")
     if WAKES.search(rest):
         raise MigrateError("wakes bgtasks itself")
     command, data = cron_input(rest)

@@ -105,7 +105,7 @@ def settle_schedule(draft: Draft, text: str) -> None:
     except bgtasks.MissingPackageError:
         pass  # said once, at the end
     except bgtasks.TaskError as error:
-        draft.pause(str(error))
+        draft.pause(f"{text}: {error}" if text else str(error))
 
 
 # --- Names and text -------------------------------------------------------------------------------

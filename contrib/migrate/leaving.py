@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
-from crontabs import HOME_LINE, MARK, assignment, cron_field, cron_input
+from crontabs import HOME_LINE, MARK, assignment, cron_input
 from drafts import ALIASES, FIELDS, Files, MigrateError, bgtasks, quoted, said_of_tasks
 
 DAY_NAMES = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
@@ -158,6 +158,9 @@ def as_cron_text(command: bytes, data: bytes = b"") -> bytes:
 # --- Schedules out --------------------------------------------------------------------------------
 
 
+READ_BY_ALL = re.compile(r"\*(/\d+)?|\d+(-\d+(/\d+)?)?")
+
+
 def five_fields(text: str, spread: bytes) -> list[str]:
     """Return a cron expression as lists that each cron reads, Sunday being 0."""
     words = text.lower().split()
@@ -169,17 +172,10 @@ def five_fields(text: str, spread: bytes) -> list[str]:
 
         lists = croniter.expand(" ".join(plain), hash_id=spread)[0]
         plain = [",".join(map(str, values)) for values in lists]
-    return [word if is_the_same_to_all(word, f) else p for word, p, f in zip(words, plain, FIELDS)]
-
-
-def is_the_same_to_all(word: str, field: bgtasks.Field) -> bool:
-    """Tell whether a field can stay as it was written: `5/10`, names, and a Sunday 7 cannot."""
-    if not re.fullmatch(r"[\d*/,-]+", word) or (field.high == 6 and "7" in word):
-        return False
-    try:
-        return cron_field(word, field) == word
-    except MigrateError:
-        return False
+    for place, word in enumerate(words):  # all but names, `5/10`, and a Sunday that is 7
+        if all(map(READ_BY_ALL.fullmatch, word.split(","))) and not (place == 4 and "7" in word):
+            plain[place] = word
+    return plain
 
 
 def times_of(text: str) -> list[list[str]]:

@@ -936,9 +936,11 @@ def test_sqlite_says_the_same_as_a_dump(tmp_path):
             text = re.search(rf"(?s)CREATE TABLE `{table}` \(.*?\n\)", migrate_tables.TABLES)[0]
             db.execute(text)
             db.execute(re.search(rf"(?s)INSERT INTO `{table}` .*?;\n", migrate_tables.ROWS)[0])
+        (tmp_path / "pi.sql").write_text("\n".join(db.iterdump()))
     db.close()
     before = path.read_bytes()
     ours = said(migrate("privacyidea", path, "--dry_run"))
+    assert ours == said(migrate("privacyidea", tmp_path / "pi.sql", "--dry_run"))
     assert ours == said(migrate("privacyidea", handmade(tmp_path), "--dry_run"))
     assert path.read_bytes() == before
     path.write_bytes(before[:4096] + b"x" * 4096)
@@ -993,6 +995,7 @@ def test_no_text_of_a_table_is_more_than_text(tmp_path_factory, name, before, ke
         (lambda s: s[: s.index("'closeticket'")], "the dump ends within table glpi_crontasks"),
         (lambda s: s.replace("86400,10,0", "86400,?,0"), 'table glpi_crontasks: b"?,0,1,3,0,24'),
         (lambda s: s.replace("86400,10,0", "86400,0"), "a row has 11 of 12 columns"),
+        (lambda s: "COPY public.glpi_crontasks (id) FROM stdin;\n" + s, "is a dump by pg_dump"),
         (lambda s: s.replace("`frequency`", "`often`"), "the tables are not those of a glpi"),
         (lambda s: s.replace("86400,10,0", "'x',10,0"), "the tables are not those of a glpi"),
         (
@@ -1144,8 +1147,7 @@ def unquoted(text):
 @given(TEXT, TEXT, st.lists(TEXT, max_size=3))
 @settings(max_examples=2000 if FULL else 60)
 def test_no_text_breaks_out_of_a_unit_or_a_cron_job(about, value, words):
-    import yaml
-
+    yaml = package("yaml")
     defaults = {key: default for key, (_, default) in bgtasks.TASK_SETTINGS.items()}
     values = {**defaults, "description": about, "env": {"A": value}, "timeout": 86400.0}
     given = {"by_run": [], "argv": ["x", *words], "by_bgtasks": False}

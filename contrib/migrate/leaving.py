@@ -5,7 +5,6 @@ Task -> Leaving: a command, and moments -> text of the target, and what is lost 
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -62,7 +61,7 @@ class Leaving:
     @property
     def limit(self) -> int:
         """Its timeout in whole seconds, as targets read it."""
-        return max(1, round(self.settings["timeout"]))
+        return int(max(1, round(self.settings["timeout"])))
 
 
 # --- Reading an installation ----------------------------------------------------------------------
@@ -506,13 +505,14 @@ def job_names(name: str, count: int, taken: set[str]) -> list[str]:
 
     No other task has one of them; the first also names the task's secrets."""
     base = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-")[:44].rstrip("-") or "task"
-    for turn in itertools.count(1):
-        stem = base if turn == 1 else f"{base}-{turn}"
+    stem, turn = base, 1
+    while True:
         names = [stem, *(f"{stem}-{number}" for number in range(1, count + 1) if count > 1)]
         if not taken.intersection(names):
-            break
-    taken.update(names)
-    return names
+            taken.update(names)
+            return names
+        turn += 1
+        stem = f"{base}-{turn}"
 
 
 def cron_job(

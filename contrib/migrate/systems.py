@@ -160,7 +160,7 @@ def settle_expression(draft: Draft, text: str, read: Callable[[str], str]) -> No
 # may have a prefix. A dump is read once, as it comes: it may be large, and a pipe.
 
 HEAD = re.compile(
-    rb"\s*(CREATE TABLE|INSERT|REPLACE)(?: IF NOT EXISTS)?(?:\s+IGNORE)?(?:\s+INTO)?\s+"
+    rb"\s*(CREATE TABLE|INSERT|REPLACE|COPY)(?: IF NOT EXISTS)?(?:\s+IGNORE)?(?:\s+INTO)?\s+"
     rb"(?:[`\"]?[\w$-]+[`\"]?\.)?[`\"]?([\w$-]+)[`\"]?",
     re.IGNORECASE,
 )
@@ -266,6 +266,8 @@ def read_dump(dump: Iterable[bytes], rows: Rows) -> None:
             rows.found.setdefault(table, {})
             columns[table] = [name.decode() for name in COLUMN.findall(text)]
             continue
+        if what == b"COPY":
+            raise MigrateError("is a dump by pg_dump, which is not read here: write them by hand")
         listed, *values = re.split(rb"\bVALUES\b", text, maxsplit=1, flags=re.IGNORECASE)
         names = re.findall(r"\w+", listed.decode("utf-8", "replace")) or columns.get(table)
         if not names or not values:

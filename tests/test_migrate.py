@@ -996,6 +996,7 @@ def test_no_text_of_a_table_is_more_than_text(tmp_path_factory, name, before, ke
         (lambda s: s.replace("86400,10,0", "86400,?,0"), 'table glpi_crontasks: b"?,0,1,3,0,24'),
         (lambda s: s.replace("86400,10,0", "86400,0"), "a row has 11 of 12 columns"),
         (lambda s: "COPY public.glpi_crontasks (id) FROM stdin;\n" + s, "is a dump by pg_dump"),
+        (lambda s: s + s, "table glpi_crontasks: is in the dump twice; dump only one database"),
         (lambda s: s.replace("`frequency`", "`often`"), "the tables are not those of a glpi"),
         (lambda s: s.replace("86400,10,0", "'x',10,0"), "the tables are not those of a glpi"),
         (

@@ -262,6 +262,8 @@ def values_of(text: bytes, table: str) -> Iterator[list[str | None]]:
 def read_dump(dump: Iterable[bytes], rows: Rows) -> None:
     columns: dict[str, list[str]] = {}
     for what, table, text in statements(dump, rows):
+        if what == b"CREATE TABLE" and table in columns:
+            raise MigrateError(f"table {table}: is in the dump twice; dump only one database")
         if what == b"CREATE TABLE":
             rows.found.setdefault(table, {})
             columns[table] = [name.decode() for name in COLUMN.findall(text)]

@@ -1,7 +1,9 @@
 """Moving in from cron and four systems, and out to cron, systemd and Kubernetes.
 
 Oracles: crontab(1), sh, mysqldump, a real server, systemd-analyze, the schema of Kubernetes, and
-for minutes the oracle of test_schedule, croniter, and Magento's rules written down once more."""
+for minutes the oracle of test_schedule, croniter, and Magento's rules written down once more.
+
+With many more examples: BGTASKS_FULL=1 python -m pytest tests/test_migrate.py"""
 
 import contextlib
 import importlib.util
@@ -23,7 +25,7 @@ import migrate_tables
 import pytest
 import sql_servers
 from conftest import PROGRAM
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_schedule import needs_croniter, oracle_fires
 
@@ -962,6 +964,7 @@ HOSTILE |= st.sampled_from(["a\r\n# /// script\r\n", "\n# ///\nx", "# /// script
 
 @needs_croniter
 @given(HOSTILE, st.sampled_from(["", "api_key", "a b"]), HOSTILE, HOSTILE)
+@example("a", "", "b", "\0")
 @settings(max_examples=600 if FULL else 30)
 def test_no_text_of_a_table_is_more_than_text(tmp_path_factory, name, before, key, value):
     folder, key = tmp_path_factory.mktemp("hostile"), before + key
@@ -982,6 +985,7 @@ def test_no_text_of_a_table_is_more_than_text(tmp_path_factory, name, before, ke
     assert (task.error, task.settings["order"]) == ("", 7)
     kept = {} if "is not carried over" in "".join(files.report) else {key: value}
     assert task.settings["options"] == kept
+    assert "\0" not in "".join([name, *kept, *kept.values()])  # no process can be given one
     (folder / "bin").mkdir()
     (folder / "bin/privacyidea-cron").write_text('#!/bin/sh\nprintf %s. "$3"\n')
     (folder / "bin/privacyidea-cron").chmod(0o755)

@@ -1,0 +1,400 @@
+"""purge_files, rotate_logs and disk_space of contrib/tasks, on real files."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from chores import Chore, context, example, load, make, refused
+from conftest import somebody_else
+
+pytestmark = pytest.mark.unmeasured
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+purge_files = load("purge_files")
+
+
+# -- purge_files
+
+
+@pytest.fixture
+def garbage(tmp_path):
+    folder = tmp_path / "garbage"
+    folder.mkdir()
+    return folder
+
+
+def purge(folder, seconds=600, maximum=None, **options):
+    """Run the task here; return its result and the context."""
+    place = Path(tempfile.mkdtemp())
+    task = context(place, {"folder": str(folder), **options}, seconds, maximum)
+    return purge_files.run(task), task
+
+
+def left(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_old_files_go_and_young_ones_stay(garbage):
+    make(garbage / "old", 3)
+    make(garbage / "young", 1)
+    result, task = purge(garbage, older_than="2 d")
+    assert (result, task.volume) == ("1 files with 0.0 MB removed", 1)
+    assert left(garbage) == ["young"]
+    assert purge(garbage, older_than="2 d")[0] == task.NOTHING
+
+
+@pytest.mark.parametrize(("text", "stay"), [("90 min", 1), ("2 h", 2), ("100d", 3)])
+def test_an_age_has_a_unit(garbage, text, stay):
+    for hours in (1, 1.75, 48):
+        make(garbage / str(hours), hours / 24)
+    purge(garbage, older_than=text)
+    assert len(left(garbage)) == stay
+
+
+def test_only_the_newest_files_stay(garbage):
+    for days in (5, 1, 4, 2, 3):
+        make(garbage / str(days), days)
+    purge(garbage, keep_files=2)
+    assert left(garbage) == ["1", "2"]
+
+
+def test_only_the_newest_files_that_fit_stay(garbage):
+    for days in range(1, 6):
+        make(garbage / str(days), days, "x" * 400_000)
+    assert purge(garbage, keep_mb=1)[0] == "3 files with 1.2 MB removed"
+    assert left(garbage) == ["1", "2"]
+
+
+def test_the_newest_file_stays_however_large_it_is(garbage):
+    make(garbage / "old", 1, "x" * 10)
+    make(garbage / "large", 0, "x" * 2_000_000)
+    purge(garbage, keep_mb=1)
+    assert left(garbage) == ["large"]
+
+
+def test_any_of_the_limits_is_enough(garbage):
+    for days in (1, 2, 30):
+        make(garbage / str(days), days)
+    purge(garbage, older_than="20 d", keep_files=1)
+    assert left(garbage) == ["1"]
+
+
+def test_folders_below_are_purged_only_if_asked(garbage):
+    (garbage / "below" / "deep").mkdir(parents=True)
+    make(garbage / "below" / "deep" / "old", 9)
+    assert purge(garbage, older_than="1 d")[0] == "nothing"
+    purge(garbage, older_than="1 d", recursive=True)
+    assert left(garbage) == []
+    assert (garbage / "below" / "deep").is_dir()
+
+
+def test_only_names_that_match_go_and_hidden_ones_only_by_their_own_pattern(garbage):
+    (garbage / ".git").mkdir()
+    for name in ("a.part", "a.jpg", ".htaccess", ".x.part", ".git/old.part"):
+        make(garbage / name, 9)
+    purge(garbage, older_than="1 d", patterns=["*.part", "nothing"], recursive=True)
+    assert left(garbage) == [".git/old.part", ".htaccess", ".x.part", "a.jpg"]
+    purge(garbage, older_than="1 d", patterns=[".*.part"])
+    assert left(garbage) == [".git/old.part", ".htaccess", "a.jpg"]
+
+
+def test_only_plain_files_go_and_links_are_not_followed(garbage, monkeypatch):
+    outside = garbage.parent / "outside"
+    outside.mkdir()
+    make(outside / "precious", 9)
+    (garbage / "link").symlink_to(outside / "precious")
+    (garbage / "folder").symlink_to(outside)
+    os.mkfifo(garbage / "fifo")
+    with socket.socket(socket.AF_UNIX) as listening, monkeypatch.context() as patched:
+        patched.chdir(garbage)  # the path of a socket must be short
+        listening.bind("socket")
+    for name in os.listdir(garbage):
+        os.utime(garbage / name, (0, 0), follow_symlinks=False)
+    assert purge(garbage, older_than="1 d", recursive=True)[0] == "nothing"
+    assert sorted(os.listdir(garbage)) == ["fifo", "folder", "link", "socket"]
+    assert left(outside) == ["precious"]
+
+
+def test_a_folder_that_a_link_replaces_is_not_entered(garbage):
+    outside = garbage.parent / "outside"
+    outside.mkdir()
+    (garbage / "sub").mkdir()
+    make(outside / "file", 9)
+    make(garbage / "sub" / "file", 9)
+    task = context(garbage.parent, {"folder": str(garbage), "older_than": "1 d"})
+    options = purge_files.read_options({**task.options, "recursive": True})
+    with purge_files.opened_from("/", str(garbage).split("/")[1:]) as root:
+        looked = purge_files.Purge(task, options, root)
+        (file,) = looked.files()
+        (garbage / "sub").rename(garbage / "moved")
+        (garbage / "sub").symlink_to(outside)
+        os.utime(outside / "file", ns=(file.changed, file.changed))
+        looked.remove(file._replace(inode=(outside / "file").stat().st_ino))
+        with pytest.raises(OSError, match="'sub/file': Not a directory"):
+            looked.result()
+        assert list(looked.files()) == [file._replace(folders=("moved",))]
+    assert left(outside) == ["file"]
+    with pytest.raises(OSError):
+        with purge_files.opened_from("/", str(garbage / "sub").split("/")[1:]):
+            pass
+
+
+def test_folders_swapped_all_the_time_cost_nothing_outside(garbage):
+    outside = garbage.parent / "outside"
+    outside.mkdir()
+    (garbage / "sub").mkdir()
+    swap = f"""
+import os
+os.chdir({str(garbage)!r})
+os.symlink({str(outside)!r}, "link")
+print(flush=True)
+while True:
+    os.rename("sub", "moved"); os.rename("link", "sub")
+    os.rename("sub", "link"); os.rename("moved", "sub")
+"""
+    for number in range(300):
+        make(outside / f"{number}", 9)
+    with subprocess.Popen([sys.executable, "-c", swap], stdout=subprocess.PIPE) as swapping:
+        try:
+            swapping.stdout.readline()
+            for _ in range(50):
+                for number in range(3):
+                    try:
+                        make(garbage / "moved" / f"{number}", 9)
+                    except FileNotFoundError:
+                        pass
+                try:
+                    purge(garbage, older_than="1 d", recursive=True)
+                except OSError:  # it says that a folder became a link
+                    pass
+        finally:
+            swapping.kill()
+    assert len(left(outside)) == 300
+
+
+def test_a_file_that_was_written_to_meanwhile_stays(garbage):
+    make(garbage / "again", 9)
+    task = context(garbage.parent, {})
+    options = purge_files.Options(folder=str(garbage))
+    with purge_files.opened_from("/", str(garbage).split("/")[1:]) as root:
+        looked = purge_files.Purge(task, options, root)
+        (file,) = looked.files()
+        (garbage / "again").write_text("new")
+        looked.remove(file)
+        looked.remove(file._replace(name="gone"))
+    assert looked.result() == task.NOTHING
+    assert left(garbage) == ["again"]
+
+
+HOSTILE = [
+    b"new\nline",
+    b"-rf",
+    b"\xff\xfe",
+    b" ",
+    b"*",
+    b"x" * 255,
+    "ü\u202e".encode(),
+    b"a'\"$(id)",
+]
+
+
+def test_names_may_be_hostile(garbage, capsys):
+    deep = os.fsencode(garbage)
+    for name in HOSTILE:
+        path = os.path.join(deep, name)
+        with open(path, "w"):
+            os.utime(path, (0, 0))
+    purge(garbage, older_than="1 d")
+    assert os.listdir(garbage) == []
+    assert len(capsys.readouterr().out.splitlines()) == len(HOSTILE)
+
+
+def test_a_tree_may_be_deeper_than_a_path_can_be_long(garbage):
+    fd = os.open(garbage, os.O_RDONLY)
+    for _ in range(60):
+        os.mkdir("d" * 100, dir_fd=fd)
+        above, fd = fd, os.open("d" * 100, os.O_RDONLY, dir_fd=fd)
+        os.close(above)
+    os.close(os.open("old", os.O_CREAT, dir_fd=fd))
+    os.utime("old", (0, 0), dir_fd=fd)
+    assert purge(garbage, older_than="1 d", recursive=True)[1].volume == 1
+    assert os.listdir(fd) == []
+    os.close(fd)
+
+
+def test_a_dry_run_removes_nothing_and_says_what_would_go(garbage, capsys):
+    make(garbage / "old", 9)
+    result, task = purge(garbage, older_than="1 d", dry_run=True)
+    assert (result, task.volume) == ("1 files with 0.0 MB would be removed", 0)
+    assert capsys.readouterr().out == "would remove 'old'\n"
+    assert left(garbage) == ["old"]
+
+
+def test_at_the_deadline_it_stops_and_says_that_there_is_more(garbage):
+    make(garbage / "old", 9)
+    result, task = purge(garbage, seconds=0, older_than="1 d")
+    assert result == task.MORE
+    assert left(garbage) == ["old"]
+
+
+def test_it_removes_at_most_so_many(garbage):
+    for number in range(5):
+        make(garbage / str(number), 9)
+    assert purge(garbage, maximum=2, older_than="1 d")[1].volume == 2
+    assert len(left(garbage)) == 3
+
+
+@root_only
+def test_what_cannot_be_removed_fails_the_run_and_stops_no_other():
+    garbage = Path(tempfile.mkdtemp())
+    for name in ("mine", "theirs"):
+        (garbage / name).mkdir()
+        make(garbage / name / "old", 9)
+    for path in (garbage, garbage / "mine", garbage / "mine" / "old"):
+        os.chown(path, 65534, 65534)
+    (garbage / "locked").mkdir(mode=0o700)
+    with somebody_else(), pytest.raises(OSError, match=r"1 files .* 2 problems, the last: '"):
+        purge(garbage, older_than="1 d", recursive=True)
+    assert left(garbage) == ["theirs/old"]
+
+
+def refusal(path, **options):
+    with pytest.raises(ValueError) as caught:
+        purge(path, older_than="1 d", dry_run=True, **options)
+    return str(caught.value)
+
+
+DANGEROUS = """
+/ /home /etc /usr /var /tmp /root /bin /usr/bin /usr/lib /usr/local /var/log /var/lib /etc/ssl /proc
+/proc/self /dev/shm /usr/share/doc /var/tmp /var/../var/log /./home //etc
+""".split()
+
+
+@pytest.mark.parametrize("path", DANGEROUS)
+def test_dangerous_roots_are_refused(path):
+    assert "name a folder of nothing but garbage" in refusal(path)
+
+
+def test_a_link_to_a_dangerous_root_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to("/etc")
+    assert "/etc belongs to the system" in refusal(tmp_path / "link")
+
+
+def test_a_home_and_what_contains_it_are_refused(tmp_path, monkeypatch):
+    home = tmp_path / "homes" / "me"
+    home.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "homes")
+    monkeypatch.setenv("HOME", str(tmp_path / "link" / "me"))
+    for path in (home, home.parent, tmp_path / "link", tmp_path / "link" / "me"):
+        assert "is a home, or contains one" in refusal(path)
+    (home / "garbage").mkdir()
+    assert purge(home / "garbage", older_than="1 d")[0] == "nothing"
+
+
+def test_the_installation_is_refused(site, monkeypatch):
+    garbage = site.folder / "garbage"
+    garbage.mkdir()
+    chore = Chore(site, "purge_files.py")
+    for folder in (site.folder, site.tasks, site.state):
+        chore.set(folder=folder, older_than="1 d")
+        assert "this installation; name a folder of nothing but garbage" in chore.failure()
+    chore.set(folder=garbage, older_than="1 d")
+    assert chore.outcome() == "nothing", chore.said
+    inside = site.state / "backups"
+    inside.mkdir()
+    chore.set(folder=inside, older_than="1 d")
+    assert "belongs to this installation" in chore.failure()
+
+
+def test_a_mount_point_is_refused():
+    points = purge_files.mounted() | {"/dev/shm"}
+    assert "/proc" in points
+    assert purge_files.why_not("/proc", "/x")
+    own = [point for point in points if point.count("/") > 2 and os.path.isdir(point)]
+    for point in own:
+        assert purge_files.why_not(point, "/x") != ""
+
+
+def test_it_works_as_a_task_with_an_example_of_the_readme(site):
+    uploads = site.folder / "uploads"
+    uploads.mkdir()
+    make(uploads / "old.part", 3)
+    make(uploads / "new.part")
+    Chore(site, "purge_files.py")
+    changes = {"/srv/app/uploads": uploads}
+    site.write("purge_uploads.toml", example("purge_uploads.toml", changes))
+    said = site.run("run", "purge_uploads", "--task.purge_uploads.options.dry_run=1")
+    assert "would remove 'old.part'" in said.stdout
+    assert left(uploads) == ["new.part", "old.part"]
+    said = site.run("run", "purge_uploads")
+    assert said.returncode == 0, said
+    assert left(uploads) == ["new.part"]
+
+
+def test_killed_in_mid_work_it_has_done_its_part(site):
+    garbage = site.folder / "garbage"
+    garbage.mkdir()
+    for number in range(300):
+        make(garbage / str(number), 9)
+    chore = Chore(site, "purge_files.py")
+    path = site.tasks / "purge_files.py"
+    path.write_text(path.read_text() + KILLED)
+    chore.set(folder=garbage, older_than="1 d")
+    chore.run()
+    assert len(os.listdir(garbage)) == 230
+    path.write_text(path.read_text().replace("== 70", "== -1"))
+    assert chore.run()["volume"] == 230
+    assert os.listdir(garbage) == []
+
+
+KILLED = """
+import signal
+unlink, removed = os.unlink, []
+def counted(*args, **options):
+    unlink(*args, **options)
+    removed.append(args)
+    if len(removed) == 70:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.unlink = counted
+"""
+
+GOOD_PURGE = {"folder": "/tmp", "older_than": "1 d"}
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("folder", {"folder": ""}),
+        ("folder", {"folder": "tmp"}),
+        ("folder", {"folder": "/does/not/exist"}),
+        ("folder", {"folder": "/etc/passwd"}),
+        ("folder", {"folder": "/tmp\n"}),
+        ("folder", {"folder": 3}),
+        ("patterns", {"patterns": []}),
+        ("patterns", {"patterns": [""]}),
+        ("patterns", {"patterns": ["a/b"]}),
+        ("patterns", {"patterns": [3]}),
+        ("older_than", {"older_than": "30"}),
+        ("older_than", {"older_than": "0 d"}),
+        ("older_than", {"older_than": "-1 d"}),
+        ("older_than", {"older_than": ""}),
+        ("keep_files", {"keep_files": -1}),
+        ("keep_files", {"keep_files": True}),
+        ("keep_mb", {"keep_mb": "many"}),
+        ("dry_run", {"dry_run": "maybe"}),
+        ("recursive", {"recursive": 1}),
+        ("foldr", {"foldr": "/tmp"}),
+    ],
+)
+def test_a_bad_option_of_purge_files_is_one_clear_line(key, options):
+    assert refused(purge_files, GOOD_PURGE, options) == key
+
+
+def test_what_a_toml_leaves_out_is_set_as_text():
+    given = {"keep_files": "3", "dry_run": "yes", "patterns": "*.a, *.b", "recursive": "False"}
+    found = purge_files.read_options({**GOOD_PURGE, **given})
+    assert (found.keep_files, found.dry_run, found.recursive) == (3, True, False)
+    assert found.patterns == ("*.a", "*.b")

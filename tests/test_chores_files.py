@@ -1,15 +1,19 @@
 """purge_files, rotate_logs and disk_space of contrib/tasks, on real files."""
 
+import gzip
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
-from chores import Chore, context, example, load, make, refused
-from conftest import somebody_else
+from chores import Chore, age, context, defaults_in, defaults_of, example, load, make, refused
+from conftest import somebody_else, wait_for
 
 pytestmark = pytest.mark.unmeasured
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -398,3 +402,356 @@ def test_what_a_toml_leaves_out_is_set_as_text():
     found = purge_files.read_options({**GOOD_PURGE, **given})
     assert (found.keep_files, found.dry_run, found.recursive) == (3, True, False)
     assert found.patterns == ("*.a", "*.b")
+
+
+# -- rotate_logs
+
+rotate_logs = load("rotate_logs")
+
+
+@pytest.fixture
+def logs(tmp_path):
+    folder = tmp_path / "log"
+    folder.mkdir()
+    return folder
+
+
+def rotate(folder, state=None, seconds=600, **options):
+    """Rotate here what is older than a minute, unless options say otherwise."""
+    given = {"files": [f"{folder}/*.log"], "older_than": "1 min", **options}
+    place = Path(tempfile.mkdtemp())
+    seen = {"seen": {str(path): 0 for path in folder.iterdir()}}
+    task = context(place, given, seconds, state=seen if state is None else state)
+    return rotate_logs.run(task), task
+
+
+def content(folder, name="a.log"):
+    """Return all that was ever written to a log, from its files."""
+    whole = b""
+    for path in [*rotate_logs.rotated(str(folder / name)), str(folder / name)]:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            whole += file.read()
+    return whole
+
+
+def earlier(folder, seconds=3600):
+    """Let what was rotated have been rotated earlier."""
+    for path in sorted(folder.iterdir()):  # the oldest first, so that none takes another's name
+        match = rotate_logs.ROTATED.fullmatch(str(path))
+        if match:
+            moment = rotate_logs.moment_of(str(path)) - seconds
+            stamp = time.strftime(rotate_logs.STAMP, time.gmtime(moment))
+            path.rename(f"{match[1]}-{stamp}{match[3] or ''}")
+
+
+@pytest.mark.parametrize("method", ["rename", "copytruncate"])
+def test_a_log_is_rotated_and_compressed(logs, method):
+    (logs / "a.log").write_text("one\n")
+    (logs / "a.log").chmod(0o640)
+    (logs / "empty.log").write_text("")
+    result, task = rotate(logs, method=method)
+    assert result == "1 of 2 logs rotated"
+    names = sorted(path.name for path in logs.iterdir())
+    assert re.fullmatch(r"a.log a.log-\d{8}-\d{6}.gz empty.log", " ".join(names))
+    assert {path.stat().st_mode & 0o777 for path in logs.glob("a*")} == {0o640}
+    assert (logs / "a.log").read_text() == ""
+    assert content(logs) == b"one\n"
+    assert rotate(logs, method=method)[0] == task.NOTHING
+
+
+def test_the_last_rotated_logs_are_kept(logs):
+    for number in range(5):
+        (logs / "a.log").write_text(f"{number}\n")
+        rotate(logs, keep=3)
+        earlier(logs)
+    assert content(logs) == b"2\n3\n4\n"
+
+
+def test_a_log_is_rotated_by_size_or_by_age(logs):
+    (logs / "small.log").write_text("x")
+    (logs / "large.log").write_bytes(b"x" * 1_000_001)
+    fresh = {"seen": {}}
+    assert rotate(logs, fresh, larger_than_mb=1, older_than="")[0] == "1 of 2 logs rotated"
+    assert (logs / "small.log").read_text() == "x"
+    result, task = rotate(logs, fresh, older_than="1 d")
+    assert result == task.NOTHING
+    day_ago = {"seen": {str(logs / "small.log"): time.time() - 86000}}  # a run may begin earlier
+    assert rotate(logs, day_ago, older_than="1 d")[0] == "1 of 2 logs rotated"
+
+
+def test_rotated_logs_of_other_logs_are_left_alone(logs):
+    others = ["b.log-20200101-000000", "a.log-20200101-000000.txt", "a.log-2020", "x-a.log"]
+    for name in others:
+        (logs / name).write_text(name)
+    (logs / "a.log").write_text("one\n")
+    rotate(logs, files=[str(logs / "a.log")], keep=1)
+    assert [(logs / name).read_text() for name in others] == others
+
+
+WRITER = """
+import os, signal, sys, time
+path, how, pid_file = sys.argv[1:]
+lines = 0
+def opened():
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+log = opened()
+def again(*_):
+    global wanted
+    wanted = True
+wanted = False
+signal.signal(signal.SIGHUP, again)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print(lines, flush=True)))
+with open(pid_file, "w") as file:
+    file.write(str(os.getpid()))
+while True:
+    if wanted and how == "reopens" and lines % 50 == 0:  # it takes its time
+        os.close(log)
+        log, wanted = opened(), False
+    os.write(log, b"line %d\\n" % lines)
+    lines += 1
+    time.sleep(0.0005)
+"""
+
+
+@pytest.fixture
+def writer(logs):
+    """Start a program that writes line after line; ended, it says how many."""
+    processes = []
+
+    def start(how):
+        command = [sys.executable, "-c", WRITER, logs / "a.log", how, logs / "pid"]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        wait_for(lambda: (logs / "a.log").exists() and (logs / "a.log").stat().st_size, 60)
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def grown(logs):
+    """Wait until there is something new in the log."""
+    wait_for(lambda: (logs / "a.log").stat().st_size > 100, 60)
+
+
+def ended(process):
+    process.terminate()
+    return b"".join(b"line %d\n" % number for number in range(int(process.communicate()[0])))
+
+
+def test_no_line_is_lost_while_a_program_writes(logs, writer):
+    process = writer("reopens")
+    for _ in range(4):
+        grown(logs)
+        rotate(logs, pid_file=str(logs / "pid"), keep=100)
+        earlier(logs)
+    wanted = ended(process)
+    rotate(logs, keep=100)
+    assert content(logs) == wanted
+    assert len(rotate_logs.rotated(str(logs / "a.log"))) >= 5
+
+
+def test_what_is_still_written_to_is_neither_compressed_nor_removed(logs, writer):
+    process = writer("never reopens")
+    rotate(logs)  # nobody tells the program
+    (first,) = rotate_logs.rotated(str(logs / "a.log"))
+    assert not first.endswith(".gz")
+    earlier(logs)
+    (logs / "a.log").write_text("line of another program\n")
+    with pytest.raises(rotate_logs.LogError, match="1 problems, .* set pid_file or command"):
+        rotate(logs, keep=1)
+    wanted = ended(process)
+    assert content(logs) == wanted + b"line of another program\n"
+    rotate(logs, keep=1)
+    assert len(rotate_logs.rotated(str(logs / "a.log"))) == 1
+
+
+def test_without_leases_the_last_line_tells(logs, monkeypatch):
+    monkeypatch.delattr(rotate_logs.fcntl, "F_SETLEASE")
+    path = logs / "a.log-20200101-000000"
+    path.write_text("x")
+    assert rotate_logs.is_written(str(path))
+    age(path, 1)
+    assert not rotate_logs.is_written(str(path))
+
+
+def test_copied_and_truncated_no_line_comes_twice_and_the_writer_goes_on(logs, writer):
+    process = writer("never reopens")
+    for _ in range(3):
+        grown(logs)
+        rotate(logs, method="copytruncate", keep=100)
+        earlier(logs)
+    wanted = ended(process).splitlines()
+    found = content(logs).splitlines()
+    assert len(found) == len(set(found))
+    assert set(found) <= set(wanted)
+    assert len(wanted) - len(found) < 30  # the instant that its description speaks of
+    assert b"\0" not in content(logs)
+
+
+def test_a_command_is_run_only_if_somebody_still_writes(logs, capsys):
+    command = ["sh", "-c", f"echo told >>{logs}/told"]
+    (logs / "a.log").write_text("one\n")
+    rotate(logs, command=command)
+    assert not (logs / "told").exists()
+    earlier(logs)
+    with open(logs / "a.log", "a") as file:
+        file.write("two\n")
+        file.flush()
+        seconds, rotate_logs.PATIENCE = rotate_logs.PATIENCE, 0
+        rotate(logs, command=command)
+        rotate_logs.PATIENCE = seconds
+        assert (logs / "told").read_text() == "told\n"
+    last = rotate_logs.rotated(str(logs / "a.log"))[-1]
+    with open(last, "a"), pytest.raises(rotate_logs.LogError, match="2 problems"):
+        rotate(logs, command=["sh", "-c", "exit 3"])
+    assert "exit status 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "1", "0", "-1", "x", "12 13"])
+def test_a_strange_pid_file_is_named(logs, text):
+    (logs / "pid").write_text(text)
+    with open(logs / "a.log", "w") as file:
+        file.write("x")
+        file.flush()
+        with pytest.raises(rotate_logs.LogError, match="does not hold the number of a process"):
+            rotate(logs, pid_file=str(logs / "pid"))
+    assert content(logs) == b"x"
+
+
+def test_links_and_folders_are_named_and_stop_no_other(logs):
+    (logs / "precious").write_text("keep me")
+    (logs / "a.log").write_text("one\n")
+    (logs / "link.log").symlink_to(logs / "precious")
+    (logs / "sub.log").mkdir()
+    with pytest.raises(rotate_logs.LogError, match="2 problems, the last: .* is no plain file"):
+        rotate(logs)
+    assert (logs / "precious").read_text() == "keep me"
+    assert content(logs) == b"one\n"
+
+
+@root_only
+def test_root_does_not_rotate_where_others_can_write(logs):
+    (logs / "a.log").write_text("one\n")
+    logs.chmod(0o777)
+    with pytest.raises(rotate_logs.LogError, match="others can write to"):
+        rotate(logs)
+    assert (logs / "a.log").read_text() == "one\n"
+
+
+def test_names_of_logs_may_be_hostile(logs):
+    for name in HOSTILE:
+        with open(os.path.join(os.fsencode(logs), name[:200] + b".log"), "w") as file:
+            file.write("x")
+    assert rotate(logs)[0] == f"{len(HOSTILE)} of {len(HOSTILE)} logs rotated"
+    assert len(os.listdir(logs)) == 2 * len(HOSTILE)
+    assert sum(name.endswith(".gz") for name in os.listdir(logs)) == len(HOSTILE)
+
+
+@root_only
+@pytest.mark.parametrize("method", ["rename", "copytruncate"])
+def test_a_full_disk_loses_nothing(logs, method):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=755", "none", logs]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        wanted = os.urandom(250_000)  # neither a copy nor its compressed form fits beside it
+        (logs / "a.log").write_bytes(wanted)
+        with pytest.raises(rotate_logs.LogError, match="No space left on device"):
+            rotate(logs, method=method)
+        assert content(logs) == wanted
+        assert not list(logs.glob("*.unfinished"))
+    finally:
+        subprocess.run(["umount", logs], check=True)
+
+
+STEPS = ["rename", "fsync", "unlink", "ftruncate", "fchmod", "utime"]
+
+
+@pytest.mark.parametrize("method", ["rename", "copytruncate"])
+def test_killed_between_any_two_steps_it_loses_nothing(logs, method):
+    """Each round is killed one step later, until one gets through."""
+    for step in range(40):
+        (logs / "a.log-20200101-000000").write_text("0\n")
+        (logs / "a.log").write_text("1\n")
+        pid = os.fork()
+        if pid == 0:
+            kill_at(step)
+            rotate(logs, method=method)
+            os._exit(0)
+        killed = os.waitpid(pid, 0)[1]
+        (logs / "a.log").touch()  # as its writer would
+        assert set(content(logs).splitlines()) == {b"0", b"1"}, step
+        rotate(logs, method=method, state={"seen": {}})  # the next run tidies up
+        lines = content(logs).splitlines()
+        assert lines == [b"0", b"1"] or (method == "copytruncate" and lines == [b"0", b"1", b"1"])
+        if not killed:
+            break
+        for path in logs.iterdir():
+            path.unlink()
+    assert step > 5
+    assert lines == [b"0", b"1"]
+
+
+def kill_at(step):
+    """Let this process die before its step of that number."""
+    left = [step]
+
+    def counted(function):
+        def call(*args, **options):
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return function(*args, **options)
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def test_rotate_logs_works_as_a_task_with_an_example_of_the_readme(site, logs):
+    (logs / "app.log").write_bytes(b"x" * 11_000_000)
+    Chore(site, "rotate_logs.py")
+    changes = {"/srv/app/log": logs, "/srv/app/app.pid": logs / "pid"}
+    site.write("rotate_app.toml", example("rotate_app.toml", changes))
+    said = site.run("run", "rotate_app")
+    assert "1 of 1 logs rotated" in said.stdout + said.stderr, said
+    assert len(list(logs.glob("app.log-*.gz"))) == 1
+
+
+def test_a_log_that_is_not_there_is_said(logs):
+    with pytest.raises(ValueError, match="options.files: there is no such file; mend the paths"):
+        rotate(logs)
+
+
+GOOD_LOGS = {"files": ["/srv/app/log/*.log"], "older_than": "1 d"}
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("files", {"files": []}),
+        ("files", {"files": ["log/a.log"]}),
+        ("method", {"method": "copy"}),
+        ("older_than", {"older_than": "daily"}),
+        ("older_than", {"older_than": ""}),
+        ("keep", {"keep": 0}),
+        ("pid_file", {"pid_file": "app.pid"}),
+        ("pid_file", {"method": "copytruncate", "pid_file": "/run/app.pid"}),
+        ("signal", {"signal": "KILL"}),
+        ("command", {"command": ["/does/not/exist"]}),
+    ],
+)
+def test_a_bad_option_of_rotate_logs_is_one_clear_line(key, options):
+    assert refused(rotate_logs, GOOD_LOGS, options) == key
+
+
+# -- all of them
+
+
+@pytest.mark.parametrize("name", ["purge_files", "rotate_logs"])
+def test_the_options_in_the_file_are_the_defaults(name):
+    assert defaults_in(f"{name}.py") == defaults_of(load(name))

@@ -150,3 +150,18 @@ def shell_is_clean(file):
         [shellcheck, "-s", "sh", FOLDER / file], capture_output=True, text=True, check=False
     )
     assert (said.returncode, said.stdout) == (0, "")
+
+
+def run_shell(script, folder, path=None, state=None, **options):
+    """Run a script as bgtasks does; return its exit code, what it said, and its report."""
+    report, given = folder / "report", folder / "input"
+    report.write_text("")
+    given.write_text(json.dumps({"options": options, "state": state or {}}, default=str))
+    env = {f"BGTASKS_OPTION_{key.upper()}": str(value) for key, value in options.items()}
+    env.update(PATH=path or os.environ["PATH"], BGTASKS_REPORT=report, BGTASKS_INPUT=given)
+    env.update(BGTASKS_STATE_DIR=str(folder), HOME=str(folder))
+    said = subprocess.run(
+        [FOLDER / script], env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    lines = dict(line.partition("=")[::2] for line in report.read_text().splitlines())
+    return said.returncode, (said.stdout + said.stderr).strip(), lines

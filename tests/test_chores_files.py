@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,8 +13,20 @@ import time
 from pathlib import Path
 
 import pytest
-from chores import Chore, age, context, defaults_in, defaults_of, example, load, make, refused
-from conftest import somebody_else, wait_for
+from chores import (
+    README,
+    Chore,
+    age,
+    context,
+    defaults_in,
+    defaults_of,
+    example,
+    load,
+    make,
+    refused,
+    run_shell,
+)
+from conftest import PROGRAM, somebody_else, wait_for
 
 pytestmark = pytest.mark.unmeasured
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -142,41 +155,7 @@ def test_a_folder_that_a_link_replaces_is_not_entered(garbage):
         assert list(looked.files()) == [file._replace(folders=("moved",))]
     assert left(outside) == ["file"]
     with pytest.raises(OSError):
-        with purge_files.opened_from("/", str(garbage / "sub").split("/")[1:]):
-            pass
-
-
-def test_folders_swapped_all_the_time_cost_nothing_outside(garbage):
-    outside = garbage.parent / "outside"
-    outside.mkdir()
-    (garbage / "sub").mkdir()
-    swap = f"""
-import os
-os.chdir({str(garbage)!r})
-os.symlink({str(outside)!r}, "link")
-print(flush=True)
-while True:
-    os.rename("sub", "moved"); os.rename("link", "sub")
-    os.rename("sub", "link"); os.rename("moved", "sub")
-"""
-    for number in range(300):
-        make(outside / f"{number}", 9)
-    with subprocess.Popen([sys.executable, "-c", swap], stdout=subprocess.PIPE) as swapping:
-        try:
-            swapping.stdout.readline()
-            for _ in range(50):
-                for number in range(3):
-                    try:
-                        make(garbage / "moved" / f"{number}", 9)
-                    except FileNotFoundError:
-                        pass
-                try:
-                    purge(garbage, older_than="1 d", recursive=True)
-                except OSError:  # it says that a folder became a link
-                    pass
-        finally:
-            swapping.kill()
-    assert len(left(outside)) == 300
+        purge_files.opened_from("/", str(garbage / "sub").split("/")[1:]).__enter__()
 
 
 def test_a_file_that_was_written_to_meanwhile_stays(garbage):
@@ -299,18 +278,17 @@ def test_a_home_and_what_contains_it_are_refused(tmp_path, monkeypatch):
 
 
 def test_the_installation_is_refused(site, monkeypatch):
-    garbage = site.folder / "garbage"
-    garbage.mkdir()
-    chore = Chore(site, "purge_files.py")
-    for folder in (site.folder, site.tasks, site.state):
-        chore.set(folder=folder, older_than="1 d")
-        assert "this installation; name a folder of nothing but garbage" in chore.failure()
-    chore.set(folder=garbage, older_than="1 d")
-    assert chore.outcome() == "nothing", chore.said
+    monkeypatch.chdir(site.tasks)
     inside = site.state / "backups"
-    inside.mkdir()
-    chore.set(folder=inside, older_than="1 d")
-    assert "belongs to this installation" in chore.failure()
+    inside.mkdir(parents=True)
+    state = str(site.state)
+    for folder in (site.folder, site.tasks, site.state, inside):
+        assert purge_files.why_not(str(folder), state).endswith("this installation")
+    assert purge_files.why_not(str(site.folder / "garbage"), state) == ""
+    monkeypatch.chdir("/")
+    for folder in (purge_files.__file__, sys.prefix):
+        above = os.path.dirname(os.path.dirname(os.path.realpath(folder)))
+        assert purge_files.why_not(above, state) != ""
 
 
 def test_a_mount_point_is_refused():
@@ -747,6 +725,94 @@ GOOD_LOGS = {"files": ["/srv/app/log/*.log"], "older_than": "1 d"}
 )
 def test_a_bad_option_of_rotate_logs_is_one_clear_line(key, options):
     assert refused(rotate_logs, GOOD_LOGS, options) == key
+
+
+# -- disk_space
+
+
+def disk(folder, **options):
+    defaults = {"paths": "", "limits": "", "min_free_percent": 0, "min_free_inodes_percent": 0}
+    return run_shell("disk_space.sh", folder, **{**defaults, **options})
+
+
+def test_disks_with_room_are_well(tmp_path):
+    code, said, report = disk(tmp_path, paths="/ /tmp", limits=" /=1K ,/tmp=0%")
+    assert code == 0
+    assert len(re.findall(r"(?m)^/\S*: \d+ % free$", said)) == 5
+    assert re.fullmatch(r"least free: \d+ %", report["message"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_free_percent": 101}, "less than 101 % free: "),
+        ({"min_free_inodes_percent": 101, "paths": "/dev/shm"}, "less than 101 % of the inodes"),
+        ({"limits": "/=9999T"}, "less than 9999T free: /"),
+        ({"limits": "/tmp=1K, /dev/shm=9999T"}, "less than 9999T free: /dev/shm"),
+        ({"paths": "/does/not/exist"}, "/does/not/exist: cannot be asked; mend the path"),
+        ({"paths": "-rf"}, "-rf: cannot be asked; mend the path"),
+        ({"limits": "/*=1K"}, "/*: cannot be asked; mend the path"),
+    ],
+)
+def test_a_disk_that_is_nearly_full_fails(tmp_path, options, words):
+    code, said, report = disk(tmp_path, **options)
+    assert (code, words in said) == (1, True), said
+    assert "message" in report
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("min_free_percent", "5 %"),
+        ("min_free_percent", "-1"),
+        ("min_free_inodes_percent", "few"),
+        ("limits", "/srv"),
+        ("limits", "/srv=10"),
+        ("limits", "/srv=100%"),
+        ("limits", "=10%"),
+        ("limits", "/srv=ten%"),
+        ("limits", "/srv=10%,"),
+    ],
+)
+def test_a_bad_option_of_disk_space_is_one_clear_line(tmp_path, key, value):
+    if value == "/srv=10%,":  # what ends with a comma is meant well
+        assert disk(tmp_path, limits="/=0%,")[0] == 0
+        return
+    code, said, _ = disk(tmp_path, **{key: value})
+    assert code == 1
+    assert f"options.{key}: " in said.splitlines()[-1] + said
+
+
+@root_only
+def test_a_place_may_have_a_blank_in_its_name_and_really_be_full(tmp_path):
+    place = tmp_path / "a disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1M,nr_inodes=10", "a name", place]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        limits = f"{place}=90%"
+        assert disk(tmp_path, limits=limits)[0] == 0
+        (place / "large").write_bytes(b"x" * 200_000)
+        assert f"less than 90% free: {place}" in disk(tmp_path, limits=limits)[1]
+        limits = f"{place}=500K"
+        assert disk(tmp_path, limits=limits)[0] == 0
+        for number in range(8):
+            (place / f"{number}").touch()
+        said = disk(tmp_path, limits=limits, min_free_inodes_percent=5)[1]
+        assert f"less than 5 % of the inodes free: {place}" in said
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_it_takes_the_place_of_the_shipped_one(site):
+    shutil.copy(PROGRAM.parent / "tasks.d" / "disk_space.sh", site.tasks)
+    assert site.run("run", "disk_space").returncode == 0
+    chore = Chore(site, "disk_space.sh")
+    line = re.search(r"(?m)^    task.disk_space.options.limits = (.*)$", README)[1]
+    limits = line.strip('"').replace("/srv=10%", "/=1K").replace("/var/backups=20G", "/tmp=1K")
+    chore.set(limits=limits, min_free_percent=0, min_free_inodes_percent=0)
+    assert chore.outcome() == "done", chore.said
 
 
 # -- all of them

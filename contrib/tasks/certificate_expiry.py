@@ -12,8 +12,8 @@
 # ///
 """Watch certificates: copy or link this file into tasks.d, and set the options.
 
-A host is connected to as a browser would: a certificate that is not trusted, or is for another name,
-is a problem too. Of a file with several certificates the one counts that expires first.
+A host is connected to as a browser would do it: a certificate that is not trusted, or is for
+another name, is a problem too. Of several certificates in a file the one counts that expires first.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(task: Any) -> str:
         try:
             left = (expiry(item, options) - time.time()) / 86400
             ends.append((left, item))
-            print(f"{item}: {left:.0f} days")
+            print(f"{item}: {int(left)} days")
             if left < options.days:
                 problems.append(f"{item} {said(left)}")
         except (OSError, ValueError) as error:
@@ -59,7 +59,8 @@ def run(task: Any) -> str:
         task.progress(number, len(items))
     if problems:
         raise CertificateError(f"{len(problems)} of {len(items)}: {'; '.join(problems)}")
-    return "next: {1} in {0:.0f} days".format(*min(ends)) if ends else ""
+    left, item = min(ends, default=(0.0, ""))
+    return f"next: {item} in {int(left)} days" if item else ""
 
 
 def paths(patterns: tuple[str, ...]) -> list[str]:
@@ -68,7 +69,7 @@ def paths(patterns: tuple[str, ...]) -> list[str]:
 
 
 def said(days: float) -> str:
-    return f"expires in {days:.0f} days" if days >= 0 else f"expired {-days:.0f} days ago"
+    return f"expires in {int(days)} days" if days >= 0 else f"expired {int(-days)} days ago"
 
 
 def reason(error: Exception) -> str:
@@ -91,9 +92,9 @@ def shown_by(host: str, ca_file: str) -> bytes:
     match = HOST.fullmatch(host)
     name, port = (match[1] or match[2], int(match[3] or 443)) if match else (host, 443)
     context = ssl.create_default_context(cafile=ca_file or None)
-    with socket.create_connection((name, port), timeout=NETWORK_SECONDS) as connection:
-        with context.wrap_socket(connection, server_hostname=name) as secured:
-            return secured.getpeercert(binary_form=True) or b""
+    connection = socket.create_connection((name, port), timeout=NETWORK_SECONDS)
+    with connection, context.wrap_socket(connection, server_hostname=name) as secured:
+        return secured.getpeercert(binary_form=True) or b""
 
 
 # --- certificates: Python's own reader shows only those it has verified

@@ -6,7 +6,7 @@
 #
 # [tool.bgtasks.options]
 # url = ""               # https://example.org/feed.xml
-# program = []           # gets an entry as JSON on stdin, its identity in FETCH_FEED_ID; exit 0: taken
+# program = []           # gets an entry as JSON on stdin, its id in FETCH_FEED_ID; exit 0: taken
 # program_timeout = 60   # seconds for one entry
 # file = ""              # instead of a program: a file that gets a line of JSON for each entry
 # largest = 10000000     # bytes; a larger feed is refused
@@ -42,12 +42,13 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Callable, NamedTuple
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 from xml.parsers import expat
 
 NETWORK_SECONDS = 60
 DEEPEST = 100  # elements in each other
-REMEMBERED = 1000  # entries that a feed no longer shows
+MOST = 2000  # entries of a feed that are looked at, from its top: keeps the state small
+REMEMBERED = 1000  # entries that it no longer shows
 ATOM, RSS_1 = "{http://www.w3.org/2005/Atom}", "{http://purl.org/rss/1.0/}"
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 DC = "{http://purl.org/dc/elements/1.1/}"
@@ -66,16 +67,14 @@ def run(task: Any) -> str | None:
     if answer is None:
         return task.NOTHING
     entries = parse(answer.content, options.url)
-    new = [entry for entry in reversed(entries) if mark(entry) not in known["seen"]]
+    seen = set(known["seen"])
+    new = [entry for entry in reversed(entries) if mark(entry) not in seen]
     problems = hand_over_all(task, new, options)
     if problems:
         raise FeedError(f"{len(problems)} of {len(new)} entries stay; the last: {problems[-1]}")
-    left = [entry for entry in new if mark(entry) not in known["seen"]]
-    if not left:  # else the next run would be told that nothing has changed
+    if task.volume == len(new):  # else the next run would be told that nothing has changed
         known.update(etag=answer.etag, modified=answer.modified)
-    shown = {mark(entry) for entry in entries}
-    others = [seen for seen in known["seen"] if seen not in shown]
-    known["seen"] = others[-REMEMBERED:] + [seen for seen in known["seen"] if seen in shown]
+    forget(known, {mark(entry) for entry in entries})
     return f"{task.volume} new entries" if new else task.NOTHING
 
 
@@ -85,6 +84,12 @@ def recall(state: dict[str, Any], url: str) -> dict[str, Any]:
         state.update(url=url, etag="", modified="")
     state.setdefault("seen", [])
     return state
+
+
+def forget(known: dict[str, Any], shown: set[str]) -> None:
+    """Forget the oldest of the entries that the feed no longer shows; it may show some again."""
+    others = [entry for entry in known["seen"] if entry not in shown]
+    known["seen"] = others[-REMEMBERED:] + [entry for entry in known["seen"] if entry in shown]
 
 
 def mark(entry: Mapping[str, str]) -> str:
@@ -135,9 +140,7 @@ def fetch(options: Options, known: Mapping[str, str]) -> Answer | None:
             urllib.request.build_opener(https, Web()).open(request) as got,
         ):
             content = got.read(options.largest + 1)
-            found = Answer(
-                content, got.headers.get("ETag", ""), got.headers.get("Last-Modified", "")
-            )
+            found = Answer(content, plain(got.headers["ETag"]), plain(got.headers["Last-Modified"]))
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.client.NOT_MODIFIED:
@@ -150,6 +153,11 @@ def fetch(options: Options, known: Mapping[str, str]) -> Answer | None:
     return found
 
 
+def plain(header: str | None) -> str:
+    """Return a header as it can be sent back; Python refuses to send some of what it takes."""
+    return header if header and re.fullmatch("[ -~]{1,500}", header) else ""
+
+
 class Web(urllib.request.HTTPRedirectHandler):
     """Follows redirects to the web only; Python would also go to an FTP server."""
 
@@ -159,7 +167,7 @@ class Web(urllib.request.HTTPRedirectHandler):
         del fp, code, msg, headers
         if not newurl.startswith("https://" if req.type == "https" else ("http://", "https://")):
             raise ValueError(f"leads to {newurl[:200]}, which is less safe")
-        return urllib.request.Request(newurl, headers=dict(req.headers))
+        return urllib.request.Request(newurl, headers=dict(req.headers))  # noqa: S310 - checked
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # as of Python 3.11
 
@@ -196,12 +204,12 @@ def parse(content: bytes, url: str) -> list[dict[str, str]]:
     """Return the entries of a feed, in its order; of equal ones the first."""
     try:
         refuse_hostile(content)
-        root = ElementTree.fromstring(content)  # noqa: S314 - nothing hostile is left
-    except (expat.ExpatError, ElementTree.ParseError, LookupError, ValueError) as error:
+        root = ET.fromstring(content)  # noqa: S314 - nothing hostile is left
+    except (expat.ExpatError, ET.ParseError, LookupError, ValueError) as error:
         raise FeedError(f"{url} is no feed: {error}") from None
     if root.tag not in ROOTS:
         raise FeedError(f"{url} is no feed: it begins with {root.tag[:100]!r}")
-    found = [read_entry(item, url) for item in root.iter() if item.tag in ENTRIES]
+    found = [read_entry(item, url) for item in root.iter() if item.tag in ENTRIES][:MOST]
     return list({mark(entry): entry for entry in reversed(found)}.values())[::-1]
 
 
@@ -228,7 +236,7 @@ def refuse_hostile(content: bytes) -> None:
     parser.Parse(content, True)  # noqa: FBT003 - takes no name
 
 
-def read_entry(item: ElementTree.Element, url: str) -> dict[str, str]:
+def read_entry(item: ET.Element, url: str) -> dict[str, str]:
     entry = {
         "feed": url,
         "id": text_of(item, "guid", f"{ATOM}id") or item.get(f"{RDF}about", ""),
@@ -243,13 +251,13 @@ def read_entry(item: ElementTree.Element, url: str) -> dict[str, str]:
     return {**entry, "id": entry["id"] or entry["link"] or whole}
 
 
-def text_of(item: ElementTree.Element, *tags: str) -> str:
+def text_of(item: ET.Element, *tags: str) -> str:
     """Return the text of the first of these that has one, with that of the elements in it."""
     texts = ("".join(found.itertext()).strip() for tag in tags for found in item.findall(tag))
     return next(filter(None, texts), "")
 
 
-def link_of(item: ElementTree.Element) -> str:
+def link_of(item: ET.Element) -> str:
     links = item.findall(f"{ATOM}link")
     found = [link.get("href", "") for link in links if link.get("rel", "alternate") == "alternate"]
     return next(iter(found), "")

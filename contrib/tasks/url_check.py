@@ -16,8 +16,8 @@
 """Look at web pages: copy or link this file into tasks.d, and set the options.
 
 For pages that must answer differently, use a .toml for each. A certificate that is not trusted is a
-problem, and so is a redirect from https to http. To hear of it only when it fails for some time, set
-`notify_after`.
+problem, and so is a redirect from https to http. To hear of it only when it fails for some time,
+set `notify_after`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(task: Any) -> str:
         began = time.monotonic()
         try:
             check(url, options)
-        except (CheckError, OSError, ValueError, http.client.HTTPException) as error:
+        except (CheckError, OSError, ValueError, LookupError, http.client.HTTPException) as error:
             problems.append(f"{url}: {reason(error)}")
         took = time.monotonic() - began
         slowest = max(slowest, took)
@@ -94,6 +94,8 @@ def answered(opener: urllib.request.OpenerDirector, url: str) -> Any:
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows so many redirects, by any of their codes, and none to where it is less safe."""
 
+    max_redirections = max_repeats = 100  # counted here
+
     def __init__(self, most: int) -> None:
         self._left = most
 
@@ -106,7 +108,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
             return None
         if not newurl.startswith("https://" if req.type == "https" else ("http://", "https://")):
             raise CheckError(f"leads to {newurl[:200]}, which is less safe")
-        return urllib.request.Request(newurl, headers=dict(req.headers))
+        return urllib.request.Request(newurl, headers=dict(req.headers))  # noqa: S310 - checked
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # as of Python 3.11
 

@@ -133,6 +133,12 @@ def needs(*programs):
     return found
 
 
+def needs_module(name):
+    """Skip where a module is missing, but not in the gate."""
+    assert importlib.util.find_spec(name) or not os.environ.get("CI"), f"pip install {name}"
+    return pytest.importorskip(name)
+
+
 def age(path, days):
     moment = time.time() - days * 86400
     os.utime(path, (moment, moment))

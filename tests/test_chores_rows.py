@@ -13,11 +13,21 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
-from chores import Chore, context, defaults_in, defaults_of, example, load, needs, refused
+from chores import (
+    Chore,
+    context,
+    defaults_in,
+    defaults_of,
+    example,
+    load,
+    needs,
+    needs_module,
+    refused,
+)
 from conftest import wait_for
 from imap_server import free_ports
 
-pytestmark = pytest.mark.unmeasured
+pytestmark = [pytest.mark.unmeasured, pytest.mark.xdist_group("databases")]  # started once
 purge_rows = load("purge_rows")
 DAY = 86400
 READY = re.compile("ready (to accept|for) connections")
@@ -55,11 +65,11 @@ class Here:
             return sqlite3.connect(self.options["database"], isolation_level=None)
         given = {key: self.options[key] for key in ("host", "port", "user", "password")}
         if self.kind == "postgresql":
-            return pytest.importorskip("psycopg").connect(
+            return needs_module("psycopg").connect(
                 dbname=self.options["database"], autocommit=True, **given
             )
         socket = {"unix_socket": given.pop("host"), "database": self.options["database"]}
-        return pytest.importorskip("pymysql").connect(autocommit=True, **given, **socket)
+        return needs_module("pymysql").connect(autocommit=True, **given, **socket)
 
     def close(self):
         self.connection.close()

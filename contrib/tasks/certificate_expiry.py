@@ -161,7 +161,7 @@ class Options(NamedTuple):
 
 def is_host(text: str) -> bool:
     match = HOST.fullmatch(text)
-    return bool(match) and 0 < int(match[3] or 443) < 65536 and not text.startswith("-")
+    return match is not None and 0 < int(match[3] or 443) < 65536
 
 
 RULES: tuple[tuple[str, Callable[[Options], object], str], ...] = (

@@ -166,7 +166,6 @@ class Purge:
                     return
                 if not self._options.dry_run:
                     os.unlink(file.name, dir_fd=fd)
-                    self._task.add_volume(1)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -175,6 +174,13 @@ class Purge:
         print("would remove" if self._options.dry_run else "removed", shown(path))
         self._count += 1
         self._size += file.size
+        self._report(least=100)
+
+    def _report(self, least: int) -> None:
+        """Count what was removed; not each file, of which there may be a million."""
+        uncounted = self._count - self._task.volume
+        if uncounted >= least and not self._options.dry_run:
+            self._task.add_volume(uncounted)
 
     def _is_there(self, file: File, fd: int) -> bool:
         """Tell whether it is the same file, and nobody wrote to it since it was found."""
@@ -186,6 +192,7 @@ class Purge:
         print(self._problems[-1])
 
     def result(self) -> str | None:
+        self._report(least=1)
         done = "would be removed" if self._options.dry_run else "removed"
         text = f"{self._count} files with {self._size / 1e6:.1f} MB {done}"
         if self._problems:

@@ -57,6 +57,7 @@ remembered() {
 work=$(mktemp -d) || fail "no folder for the download could be made; is the disk full?"
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
+ulimit -f $((most / 512)) # not every curl knows the size before it has it all
 
 here=$(printf '%s' "$url" | sum)
 etag="" there=""

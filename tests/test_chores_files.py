@@ -632,6 +632,20 @@ def test_root_does_not_rotate_where_others_can_write(logs):
     assert (logs / "a.log").read_text() == "one\n"
 
 
+@root_only
+def test_the_log_of_another_user_is_not_replaced_by_one_of_ours():
+    logs = Path(tempfile.mkdtemp())
+    (logs / "a.log").write_text("one\n")
+    (logs / "a.log").chmod(0o666)
+    os.chown(logs, 65534, 65534)
+    with somebody_else():
+        with pytest.raises(rotate_logs.LogError, match="belongs to another user"):
+            rotate(logs)
+        assert rotate(logs, method="copytruncate")[1].volume == 1
+    assert (logs / "a.log").stat().st_uid == 0
+    assert content(logs) == b"one\n"
+
+
 def test_names_of_logs_may_be_hostile(logs):
     for name in HOSTILE:
         with open(os.path.join(os.fsencode(logs), name[:200] + b".log"), "w") as file:

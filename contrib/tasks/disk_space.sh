@@ -73,7 +73,8 @@ check() {
 kilobytes() {
     echo "$1" | awk '/^[0-9]+[KMGT]$/ {
         n = substr($0, 1, length($0) - 1)
-        printf "%.0f", n * 1024 ^ (index("KMGT", substr($0, length($0))) - 1)
+        for (i = index("KMGT", substr($0, length($0))); i > 1; i--) n *= 1024 # busybox has no ^
+        printf "%.0f", n
     }'
 }
 

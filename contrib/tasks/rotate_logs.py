@@ -168,6 +168,8 @@ def refuse_unsafe(folder: str) -> None:
 def rename(log: str, target: str) -> None:
     """Put an empty log into the place of this one."""
     status = os.lstat(log)
+    if os.geteuid() not in (0, status.st_uid):  # the new one would be ours, and its writer shut out
+        raise LogError('belongs to another user; let that one rotate it, or set "copytruncate"')
     os.rename(log, target)
     with contextlib.suppress(FileExistsError):  # who writes to it was faster
         create(log, status).close()

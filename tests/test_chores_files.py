@@ -486,21 +486,22 @@ lines = 0
 def opened():
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 log = opened()
+wanted, told = False, []  # both are looked at between two lines only
 def again(*_):
     global wanted
     wanted = True
-wanted = False
 signal.signal(signal.SIGHUP, again)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(print(lines, flush=True)))
+signal.signal(signal.SIGTERM, lambda *_: told.append("to end"))
 with open(pid_file, "w") as file:
     file.write(str(os.getpid()))
-while True:
+while not told:
     if wanted and how == "reopens" and lines % 50 == 0:  # it takes its time
         os.close(log)
         log, wanted = opened(), False
     os.write(log, b"line %d\\n" % lines)
     lines += 1
     time.sleep(0.0005)
+print(lines)
 """
 
 

@@ -1,5 +1,6 @@
 """What the tests of contrib/tasks share: a task in an installation, and a task in this process."""
 
+import atexit
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,8 +17,16 @@ from conftest import PROGRAM, FakeClock
 
 import bgtasks
 
+PLACES = tempfile.mkdtemp()  # short paths that other users can reach
+os.chmod(PLACES, 0o1777)
+atexit.register(shutil.rmtree, PLACES, ignore_errors=True)
 FOLDER = PROGRAM.parent / "contrib" / "tasks"
 README = (FOLDER / "README.md").read_text()
+
+
+def place():
+    """Return a new folder."""
+    return Path(tempfile.mkdtemp(dir=PLACES))
 
 
 def load(name):

@@ -10,11 +10,9 @@ import shutil
 import socket
 import ssl
 import subprocess
-import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import trustme
@@ -27,6 +25,7 @@ from chores import (
     example,
     load,
     needs,
+    place,
     refused,
     run_shell,
     shell_is_clean,
@@ -128,7 +127,7 @@ def secure_web(authority):
 
 def here(module, state=None, maximum=None, **options):
     """Run a task here; return its result and the context."""
-    task = context(Path(tempfile.mkdtemp()), options, maximum=maximum, state=state)
+    task = context(place(), options, maximum=maximum, state=state)
     return module.run(task), task
 
 
@@ -238,12 +237,14 @@ def test_any_cut_of_a_certificate_is_said_to_be_damaged(authority):
 
 
 def checking(web, *paths, **options):
-    return here(url_check, urls=[web.url + path for path in paths or ("/",)], **options)[0]
+    urls = [web.url + path for path in paths or ("/",)]
+    return here(url_check, **{"urls": urls, "seconds": 60, **options})[0]
 
 
 def check_fails(web, *paths, **options):
     urls = [web.url + path for path in paths or ("/",)]
-    return refusal(url_check, url_check.CheckError, urls=urls, **options).replace(web.url, "")
+    options = {"urls": urls, "seconds": 60, **options}
+    return refusal(url_check, url_check.CheckError, **options).replace(web.url, "")
 
 
 def test_a_page_answers_as_it_should(web):
@@ -310,14 +311,14 @@ def test_an_answer_that_comes_drop_by_drop_is_not_waited_for(web):
     assert check_fails(web, seconds=1) == "1 of 1: /: did not answer within 1 s"
 
 
-def test_who_does_not_answer_at_all_is_named(web):
+def test_who_does_not_answer_at_all_is_named():
+    (port,) = free_ports(1)
+    said = refusal(url_check, url_check.CheckError, urls=[f"http://127.0.0.1:{port}/"], seconds=60)
+    assert said.endswith("Connection refused")
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent_url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        (port,) = free_ports(1)
-        urls = [silent_url, f"http://127.0.0.1:{port}/"]
+        urls = [f"http://127.0.0.1:{silent.getsockname()[1]}/"]
         said = refusal(url_check, url_check.CheckError, urls=urls, seconds=1)
-    assert "did not answer within 1 s" in said
-    assert "Connection refused" in said
+    assert said.endswith("did not answer within 1 s")
 
 
 # -- fetch_feed
@@ -358,7 +359,7 @@ class Feed:
         return result
 
     def fails(self, **options):
-        task = context(Path(tempfile.mkdtemp()), {**self.options, **options}, state=self.known)
+        task = context(place(), {**self.options, **options}, state=self.known)
         with pytest.raises(fetch_feed.FeedError) as caught:
             fetch_feed.run(task)
         self.known = json.loads(json.dumps(task.state))
@@ -587,7 +588,7 @@ def only(tmp_path):
     """Return a PATH with nothing but these programs."""
 
     def only(*programs):
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        folder = place()
         for program, path in zip(programs, needs(*programs)):
             (folder / program).symlink_to(path)
         return str(folder)

@@ -22,6 +22,7 @@ from chores import (
     load,
     needs,
     needs_module,
+    place,
     refused,
 )
 from conftest import wait_for
@@ -102,7 +103,7 @@ class Here:
     def purge(self, seconds=600, maximum=None, table="log", **options):
         """Run the task here; return its result and the context."""
         options = {**self.options, "table": table, **options}
-        task = context(Path(tempfile.mkdtemp()), options, seconds, maximum)
+        task = context(place(), options, seconds, maximum)
         return purge_rows.run(task), task
 
 

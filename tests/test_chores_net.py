@@ -18,6 +18,7 @@ import pytest
 import trustme
 from chores import (
     FOLDER,
+    README,
     Chore,
     context,
     defaults_in,
@@ -745,6 +746,13 @@ def test_the_examples_of_the_readme_work(site, web, secure_web, ca_file, authori
 def test_the_options_in_the_files_are_the_defaults():
     for module in (certificate_expiry, url_check, fetch_feed):
         assert defaults_in(f"{module.__name__}.py") == defaults_of(module)
+
+
+@pytest.mark.parametrize("section", README.split("\n## ")[1:], ids=lambda text: text.split()[0])
+def test_every_option_is_in_the_readme(section):
+    name = section.split()[0]
+    for key in defaults_in(name):
+        assert f"`{key}`" in section
 
 
 def test_what_is_the_same_in_each_file_stays_the_same():

@@ -748,11 +748,13 @@ def test_the_options_in_the_files_are_the_defaults():
         assert defaults_in(f"{module.__name__}.py") == defaults_of(module)
 
 
-@pytest.mark.parametrize("section", README.split("\n## ")[1:], ids=lambda text: text.split()[0])
-def test_every_option_is_in_the_readme(section):
-    name = section.split()[0]
+SECTIONS = {section.split()[0]: section for section in README.split("\n## ")[1:]}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in SECTIONS if (FOLDER / name).is_file()))
+def test_every_option_is_in_the_readme(name):
     for key in defaults_in(name):
-        assert f"`{key}`" in section
+        assert f"`{key}`" in SECTIONS[name]
 
 
 def test_what_is_the_same_in_each_file_stays_the_same():
@@ -764,7 +766,7 @@ def test_what_is_the_same_in_each_file_stays_the_same():
         for t in texts
         if "def within" in t
     ]
-    assert len(network) == 2
+    assert len(network) > 1
     assert len(set(network)) == 1
 
 

@@ -125,12 +125,12 @@ def server(command, options, folder, ends_by):
     with open(said, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, **options)
     try:
-        wait_for(lambda: READY.search(said.read_text()) or process.poll() is not None, 60)
+        wait_for(lambda: READY.search(said.read_text()) or process.poll() is not None, 240)
         assert process.poll() is None, said.read_text()
         yield
     finally:
         process.send_signal(ends_by)  # PostgreSQL ends at once, whoever is still connected
-        process.wait(60)
+        process.wait(240)
 
 
 def postgres_programs():
@@ -182,7 +182,11 @@ def mysql():
             "--default-time-zone=-05:00",
             "--innodb-flush-method=fsync",
         ]
-        command += ["--innodb-buffer-pool-size=16M", f"--pid-file={name}/pid"]
+        command += [
+            "--innodb-use-native-aio=0",
+            "--innodb-buffer-pool-size=16M",
+            f"--pid-file={name}/pid",
+        ]
         with server(command, {"cwd": folder, **options}, folder, signal.SIGTERM):
             with closing(Here("mysql", found)) as first:
                 first.sql("CREATE DATABASE app")

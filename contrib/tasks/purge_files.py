@@ -16,8 +16,9 @@
 """Purge a folder of garbage: copy or link this file into tasks.d, and set the options.
 
 A file goes if any of the three limits says so. Only plain files go: links, folders, sockets and the
-like stay. No link is followed, also none that takes the place of a folder while this runs, and no
-other file system is entered. A file that was written to since it was looked at stays.
+like stay. No link is followed, also none that takes the place of a folder while this runs, and
+nothing is entered that is mounted, or hidden. A file that was written to since it was looked at
+stays.
 
 Folders are refused where a mistake would be a disaster: the system's, homes and what contains them,
 mount points, and those of this installation.
@@ -28,6 +29,7 @@ and a folder of any size needs little memory: it remembers only what keep_files 
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 import pwd
@@ -43,24 +45,27 @@ from typing import Any, Callable, NamedTuple
 
 # nothing follows a link; what is opened is a folder
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+PASSED = FOLDER | getattr(os, "O_PATH", os.O_RDONLY)  # one on the way may be closed to readers
+MOUNTS = "/proc/self/mountinfo"
 SECONDS = {"min": 60, "h": 3600, "d": 86400}
 # these with all that is in them
 SYSTEM = """
-/bin /boot /dev /etc /lib /lib32 /lib64 /libx32 /proc /sbin /sys /usr/bin /usr/include /usr/lib
-/usr/lib32 /usr/lib64 /usr/libexec /usr/sbin /usr/share /System /Library
+/bin /boot /dev /etc /lib /lib32 /lib64 /libx32 /proc /run /sbin /sys /usr /Applications /Library
+/System
 """.split()
-# and these with what is right in them, such as /var/lib
-SHARED = "/ /home /usr /var /Users /private/var".split()
+# and these with what is right in them, such as /var/log
+SHARED = "/ /home /var /var/lib /var/spool /Users /private/var".split()
 
 
 def run(task: Any) -> str | None:
     options = read_options(task.options)
     folder = os.path.realpath(options.folder)
-    why = why_not(folder, task.state_dir)
+    program = sys.modules[type(task).__module__].__file__ or ""
+    why = why_not(folder, (os.getcwd(), task.state_dir), (program, __file__, sys.prefix))
     if why:
         raise ValueError(f"options.folder: {folder} {why}; name a folder of nothing but garbage")
     with opened_from("/", folder.split("/")[1:]) as root:
-        purge = Purge(task, options, root)
+        purge = Purge(task, options._replace(folder=folder), root)
         for file in task.each(garbage(purge.files(), options, time.time())):
             purge.remove(file)
     return purge.result()
@@ -78,18 +83,20 @@ class File(NamedTuple):
 
 def garbage(files: Iterable[File], options: Options, now: float) -> Iterator[File]:
     """Yield what goes, as soon as it is certain: whatever else is found, there are newer ones."""
-    oldest = (now - read_seconds(options.older_than)) * 1e9
+    seconds = read_seconds(options.older_than)
+    limit = File(int((now - seconds) * 1e9) if seconds else -sys.maxsize, 0, (), "", 0)
     kept: list[File] = []
     size = 0
     for file in files:
-        if options.older_than and file.changed < oldest:
+        if file < limit:
             yield file
         elif options.keep_files or options.keep_mb:
             heapq.heappush(kept, file)
             size += file.size
             while is_too_much(len(kept), size, options):
-                size -= kept[0].size
-                yield heapq.heappop(kept)
+                limit = heapq.heappop(kept)  # what is older goes too, in whatever order it is found
+                size -= limit.size
+                yield limit
 
 
 def is_too_much(count: int, size: int, options: Options) -> bool:
@@ -104,10 +111,10 @@ def is_too_much(count: int, size: int, options: Options) -> bool:
 @contextmanager
 def opened_from(start: str | int, folders: Iterable[str]) -> Iterator[int]:
     """Open a folder below another step by step, so that none of them is a link."""
-    fd = os.open(start, FOLDER) if isinstance(start, str) else os.dup(start)
+    fd = os.open(start, PASSED) if isinstance(start, str) else os.dup(start)
     try:
-        for name in folders:
-            above, fd = fd, os.open(name, FOLDER, dir_fd=fd)
+        for name, flags in [*((name, PASSED) for name in folders), (".", FOLDER)]:
+            above, fd = fd, os.open(name, flags, dir_fd=fd)
             os.close(above)
         yield fd
     finally:
@@ -119,10 +126,10 @@ class Purge:
 
     def __init__(self, task: Any, options: Options, root: int) -> None:
         self._task, self._options, self._root = task, options, root
-        self._device = os.fstat(root).st_dev
+        self._device, self._mounted = os.fstat(root).st_dev, mounted()
         self._below: list[tuple[str, ...]] = []
-        self._count = self._size = 0
-        self._problems: list[str] = []
+        self._count = self._size = self._problems = 0
+        self._last_problem = ""
 
     def files(self) -> Iterator[File]:
         """Yield the files with the right names, until the deadline.
@@ -150,13 +157,15 @@ class Purge:
             except FileNotFoundError:
                 continue
             name = entry.name
-            if stat.S_ISDIR(found.st_mode) and self._enters(name, found.st_dev):
+            if stat.S_ISDIR(found.st_mode) and self._enters((*folders, name), found.st_dev):
                 self._below.append((*folders, name))
             elif stat.S_ISREG(found.st_mode) and is_wanted(name, self._options.patterns):
                 yield File(found.st_mtime_ns, found.st_size, folders, name, found.st_ino)
 
-    def _enters(self, name: str, device: int) -> bool:
-        return self._options.recursive and name[0] != "." and device == self._device
+    def _enters(self, path: tuple[str, ...], device: int) -> bool:
+        if not self._options.recursive or path[-1][0] == "." or device != self._device:
+            return False
+        return os.path.join(self._options.folder, *path) not in self._mounted
 
     def remove(self, file: File) -> None:
         path = (*file.folders, file.name)
@@ -166,6 +175,8 @@ class Purge:
                     return
                 if not self._options.dry_run:
                     os.unlink(file.name, dir_fd=fd)
+                elif not os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -188,15 +199,16 @@ class Purge:
         return (found.st_ino, found.st_mtime_ns) == (file.inode, file.changed)
 
     def _note(self, path: tuple[str, ...], error: OSError) -> None:
-        self._problems.append(f"{shown(path)}: {error.strerror}")
-        print(self._problems[-1])
+        self._problems += 1
+        self._last_problem = f"{shown(path)}: {error.strerror}"
+        print(self._last_problem)
 
     def result(self) -> str | None:
         self._report(least=1)
         done = "would be removed" if self._options.dry_run else "removed"
         text = f"{self._count} files with {self._size / 1e6:.1f} MB {done}"
         if self._problems:
-            raise OSError(f"{text}; {len(self._problems)} problems, the last: {self._problems[-1]}")
+            raise OSError(f"{text}; {self._problems} problems, the last: {self._last_problem}")
         self._task.message = text
         if self._task.should_stop:
             return self._task.MORE
@@ -218,19 +230,18 @@ def shown(path: tuple[str, ...]) -> str:
 # --- folders that are refused
 
 
-def why_not(folder: str, state_dir: str) -> str:
+def why_not(folder: str, data: Iterable[str], code: Iterable[str]) -> str:
     """Return why a folder without links in its path must not be purged, or nothing."""
-    if os.path.dirname(folder) in SHARED or folder == "/":
+    if folder == "/" or any(same(os.path.dirname(folder), shared) for shared in SHARED):
         return "belongs to the system"
-    if any(is_in(folder, system) for system in SYSTEM):
+    if any(same(above, system) for above in folders_of(folder) for system in SYSTEM):
         return "belongs to the system"
     if any(is_in(home, folder) for home in homes()):
         return "is a home, or contains one"
-    ours = {os.path.realpath(path) for path in (os.getcwd(), state_dir)}
-    if any(is_in(folder, own) for own in ours):
+    data = [os.path.realpath(path) for path in data]
+    if any(is_in(folder, own) for own in data):
         return "belongs to this installation"
-    ours |= {os.path.realpath(path) for path in (os.path.dirname(__file__), sys.prefix)}
-    if any(is_in(own, folder) for own in ours):
+    if any(is_in(own, folder) for own in (*data, *map(os.path.realpath, code))):
         return "contains parts of this installation"
     if os.path.ismount(folder) or folder in mounted():
         return "is where a file system is mounted"
@@ -239,6 +250,21 @@ def why_not(folder: str, state_dir: str) -> str:
 
 def is_in(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def folders_of(path: str) -> Iterator[str]:
+    """Yield a path and all folders above it, but not the root."""
+    while path != "/":
+        yield path
+        path = os.path.dirname(path)
+
+
+def same(folder: str, other: str) -> bool:
+    """Tell whether two paths are one folder: by a mount, or where /ETC is /etc, names differ."""
+    try:
+        return os.path.samefile(folder, other)
+    except OSError:
+        return folder == other
 
 
 def homes() -> set[str]:
@@ -254,7 +280,7 @@ def homes() -> set[str]:
 def mounted() -> set[str]:
     """Return what Linux knows of mounts; one of a folder beside it shows in no other way."""
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        with open(MOUNTS, encoding="utf-8", errors="surrogateescape") as file:
             points = [line.split()[4] for line in file]
     except OSError:
         return set()

@@ -27,9 +27,10 @@ A few rows are removed at a time, each time in a transaction of its own; one tha
 followed by a smaller one. After each the database rests for as long as it worked, so that others
 have their turn. Killed at any moment, it has removed what it had removed.
 
-A row stays if its moment is missing, or is one that means "never": before 1970-01-02, zero, empty.
-With SQLite, where any column holds anything, it also stays if it holds no date (YYYY-MM-DD, then
-what you like), or no number with "seconds" and "milliseconds".
+A row stays if its moment is missing, or is one that means "never": zero, empty, before 1973-03-03.
+So seconds that are taken for milliseconds, or days for seconds, are "never", and do not all go.
+With SQLite, where any column holds anything, it also stays if it holds no date that SQLite knows,
+or no number with "seconds" and "milliseconds".
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ from urllib.parse import quote
 
 LONG = 0.5  # seconds for a transaction; then the next one is smaller
 PATIENCE = 5  # seconds to wait for a lock that somebody else holds
+CONNECT_SECONDS = 10
 LONGEST = 60  # seconds until a server gives up a statement
-NEVER = datetime(1970, 1, 2, tzinfo=timezone.utc)  # what lies before it means that there is no time
+NEVER = datetime.fromtimestamp(100_000_000, timezone.utc)  # before it there is no time
 SECONDS = {"min": 60, "h": 3600, "d": 86400}
 UNITS = {"seconds": 1, "milliseconds": 1000}
-DATES = ("date", "datetime", "timestamp")
+MYSQL_DATES = (7, 10, 12)  # in its protocol: timestamp, date, datetime
+MYSQL_NUMBERS = (0, 1, 2, 3, 4, 5, 8, 9, 246)
 DRIVERS = ("sqlite3", "psycopg", "pymysql")
 
 
@@ -81,7 +84,7 @@ def purge(task: Any, table: Table, most: int) -> str | None:
         began = time.monotonic()
         gone = table.remove(count)
         task.add_volume(gone)
-        if gone < count or task.volume == task.maximum:
+        if gone < count or task.volume >= (task.maximum or sys.maxsize):
             task.message = f"{task.volume} rows removed"
             return None if task.volume else task.NOTHING
         took = time.monotonic() - began
@@ -106,7 +109,7 @@ def driver(name: str, package: str) -> Any:
         raise ValueError(f"options.kind: {text}") from None
 
 
-# --- tables: each has remove(), count() and close()
+# --- tables
 
 
 class Table:
@@ -120,18 +123,22 @@ class Table:
         self.options = options
         self.name = ".".join(self.quoted(part) for part in (options.schema, options.table) if part)
         self.column = self.quoted(options.column)
-        self.values = limits(options, now)
+        last = last_moment(options, now)
+        self.values, self.zone = limits(options, last), last.isoformat()[-6:]
         self.condition = f"{self.column} >= {self.mark} AND {self.column} < {self.mark}"
         if options.where:  # on lines of its own, as it may end with a comment
-            where = options.where if self.mark == "?" else options.where.replace("%", "%%")
-            self.condition += f" AND (\n{where}\n)"
+            self.condition += f" AND (\n{self.literal(options.where)}\n)"
         self.connect()
 
     def quoted(self, name: str) -> str:
-        return self.quotes + name.replace(self.quotes, self.quotes * 2) + self.quotes
+        return self.quotes + self.literal(name).replace(self.quotes, self.quotes * 2) + self.quotes
+
+    def literal(self, sql: str) -> str:
+        """Return SQL in which nothing is taken for the place of a value."""
+        return sql if self.mark == "?" else sql.replace("%", "%%")
 
     def connect(self) -> None:
-        raise NotImplementedError
+        """Connect so that times are read as they are meant, and no lock is waited for long."""
 
     def execute(self, sql: str, times: int = 1) -> Any:
         """Run a statement in which the condition stands so many times."""
@@ -144,7 +151,9 @@ class Table:
         return int(self.execute(sql).fetchone()[0])
 
     def remove(self, at_most: int) -> int:
-        raise NotImplementedError
+        """Remove so many of the rows; each database has its own way to say that."""
+        sql = f"DELETE FROM {self.name} WHERE {self.condition} LIMIT {at_most}"  # noqa: S608 - quoted
+        return int(self.execute(sql).rowcount)
 
     def close(self) -> None:
         self.connection.close()
@@ -165,6 +174,7 @@ class Sqlite(Table):
         else:
             digits = "[0-9][0-9]"
             self.condition += f" AND {self.column} GLOB '{digits}{digits}-{digits}-{digits}*'"
+            self.condition += f" AND datetime({self.column}) < '{self.values[1]}'"
         self._key = self._find_key()
 
     def _find_key(self) -> str:
@@ -197,14 +207,13 @@ class Postgresql(Table):
             "password": options.password,
             "sslrootcert": options.ca_file,
             "sslmode": "verify-full" if options.ca_file else "",
-            "connect_timeout": PATIENCE * 2,
+            "connect_timeout": CONNECT_SECONDS,
         }
         given = {key: value for key, value in given.items() if value}
         self.connection = psycopg.connect(**given, autocommit=True)
         self.connection.execute(f"SET lock_timeout = '{PATIENCE}s'")
         self.connection.execute(f"SET statement_timeout = '{LONGEST}s'")
-        if options.stored_as == "utc":
-            self.connection.execute("SET TIME ZONE 'UTC'")
+        self.connection.execute(f"SET TIME ZONE INTERVAL '{self.zone}' HOUR TO MINUTE")
 
     def remove(self, at_most: int) -> int:
         """A place is that of one row only within a partition, so the condition stands twice."""
@@ -230,7 +239,7 @@ class Mysql(Table):
             user=options.user or None,
             password=options.password,
             ssl={"ca": options.ca_file, "check_hostname": True} if options.ca_file else None,
-            connect_timeout=PATIENCE * 2,
+            connect_timeout=CONNECT_SECONDS,
             read_timeout=LONGEST,
             autocommit=True,
         )
@@ -238,46 +247,35 @@ class Mysql(Table):
             # without it, rows that are only looked at would be locked too
             cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
             cursor.execute(f"SET SESSION innodb_lock_wait_timeout = {PATIENCE}")
-            if options.stored_as == "utc":
-                cursor.execute("SET SESSION time_zone = '+00:00'")
+            cursor.execute(f"SET SESSION lock_wait_timeout = {PATIENCE}")
+            cursor.execute(f"SET SESSION time_zone = '{self.zone}'")
             self._refuse_other_type(cursor)
 
     def _refuse_other_type(self, cursor: Any) -> None:
-        sql = (
-            "SELECT data_type FROM information_schema.columns WHERE table_name = %s"
-            " AND column_name = %s AND table_schema = COALESCE(NULLIF(%s, ''), DATABASE())"
-        )
-        cursor.execute(sql, (self.options.table, self.options.column, self.options.schema))
-        found = cursor.fetchone()
-        kind = str(found[0]).lower() if found else "nowhere"
+        cursor.execute(f"SELECT {self.column} FROM {self.name} LIMIT 0", ())  # noqa: S608 - quoted
         numbers = self.options.stored_as in UNITS
-        good = kind in DATES or not found  # what is not there, the server says best
-        if found and numbers:
-            good = any(word in kind for word in ("int", "decimal", "double", "float"))
-        if not good:
-            text = f'is of type {kind}, which is not stored as "{self.options.stored_as}"'
-            raise ValueError(f"options.column: {text}; set stored_as")
-
-    def remove(self, at_most: int) -> int:
-        sql = f"DELETE FROM {self.name} WHERE {self.condition} LIMIT {at_most}"  # noqa: S608 - quoted
-        return int(self.execute(sql).rowcount)
+        if cursor.description[0][1] not in (MYSQL_NUMBERS if numbers else MYSQL_DATES):
+            text = f"holds no {'numbers' if numbers else 'times'}; set stored_as to what it holds"
+            raise ValueError(f"options.column: {text}")
 
 
 KINDS: dict[str, type[Table]] = {"sqlite": Sqlite, "postgresql": Postgresql, "mysql": Mysql}
 
 
-def limits(options: Options, now: float) -> tuple[Any, Any]:
-    """Return the first moment of an old row, and the first moment of one that is not old."""
+def last_moment(options: Options, now: float) -> datetime:
+    """Return the first moment of a row that is not old, in the zone of the rows."""
     last = datetime.fromtimestamp(int(now), timezone.utc)
     last -= timedelta(seconds=read_seconds(options.older_than))
+    return last.astimezone() if options.stored_as == "local" else last
+
+
+def limits(options: Options, last: datetime) -> tuple[Any, Any]:
+    """Return the first moment of an old row, and of one that is not, as the column holds them."""
     if options.stored_as in UNITS:
         unit = UNITS[options.stored_as]
         return int(NEVER.timestamp()) * unit, int(last.timestamp()) * unit
-    zone = None if options.stored_as == "local" else timezone.utc
-    found = tuple(moment.astimezone(zone).replace(tzinfo=None) for moment in (NEVER, last))
-    if options.kind == "sqlite":  # compared as texts; "T" for the blank sorts later, and so stays
-        return str(found[0]), str(found[1])
-    return found[0], found[1]
+    first, last = (moment.astimezone(last.tzinfo).replace(tzinfo=None) for moment in (NEVER, last))
+    return (str(first), str(last)) if options.kind == "sqlite" else (first, last)
 
 
 # --- options
@@ -309,6 +307,16 @@ def read_seconds(text: str) -> int:
     return int(found[1]) * SECONDS[found[2]] if found else 0
 
 
+def is_closed(sql: str) -> bool:
+    """Tell whether a condition stays within the parentheses that are put around it."""
+    depth = 0
+    for sign in re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "", sql):
+        depth += (sign == "(") - (sign == ")")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
 RULES: tuple[tuple[str, Callable[[Options], object], str], ...] = (
     ("kind", lambda o: o.kind in KINDS, 'must be "sqlite", "postgresql" or "mysql"'),
     ("database", lambda o: o.database, "is empty; name the database, or the file of SQLite"),
@@ -331,6 +339,7 @@ RULES: tuple[tuple[str, Callable[[Options], object], str], ...] = (
         lambda o: read_seconds(o.older_than),
         'must be a time such as "90 d", "12 h" or "90 min"',
     ),
+    ("where", lambda o: is_closed(o.where), "has parentheses that do not match; mend it"),
     (
         "rows_at_once",
         lambda o: 0 < o.rows_at_once <= 100_000,

@@ -5,11 +5,13 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -160,15 +162,18 @@ def make(path, days=0, content="x"):
     return path
 
 
-def shell_is_clean(file):
-    (shellcheck,) = needs("shellcheck")
-    said = subprocess.run(
-        [shellcheck, "-s", "sh", FOLDER / file], capture_output=True, text=True, check=False
-    )
-    assert (said.returncode, said.stdout) == (0, "")
+@contextmanager
+def room_for(size):
+    """For a while, no file can become larger than that, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def run_shell(script, folder, path=None, state=None, **options):
+def run_shell(script, folder, path=None, state=None, shell=(), **options):
     """Run a script as bgtasks does; return its exit code, what it said, and its report."""
     report, given = folder / "report", folder / "input"
     report.write_text("")
@@ -177,7 +182,7 @@ def run_shell(script, folder, path=None, state=None, **options):
     env.update(PATH=path or os.environ["PATH"], BGTASKS_REPORT=report, BGTASKS_INPUT=given)
     env.update(BGTASKS_STATE_DIR=str(folder), HOME=str(folder))
     said = subprocess.run(
-        [FOLDER / script], env=env, capture_output=True, text=True, check=False, timeout=120
+        [*shell, FOLDER / script], env=env, capture_output=True, text=True, check=False, timeout=120
     )
     lines = dict(line.partition("=")[::2] for line in report.read_text().splitlines())
     return said.returncode, (said.stdout + said.stderr).strip(), lines

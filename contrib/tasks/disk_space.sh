@@ -34,12 +34,13 @@ for option in "min_free_percent $percent" "min_free_inodes_percent $inodes"; do
     esac
 done
 
-# Total and free, in kB or (-i) in inodes. Names may hold blanks, so columns are counted from the
-# percentage; a file system without inodes shows none.
+# What is used or free, and what is free, in kB or (-i) in inodes: what is kept for root is neither.
+# Names may hold blanks, so columns are counted from the percentage; a file system without inodes
+# shows none.
 sizes() {
     df -P "$1" -- "$2" | awk 'NR > 1 {
         for (i = 4; i <= NF; i++)
-            if ($i ~ /^[0-9]+%$/) { print $(i - 3), $(i - 1); exit }
+            if ($i ~ /^[0-9]+%$/) { printf "%.0f %.0f\n", $(i - 2) + $(i - 1), $(i - 1); exit }
     }'
 }
 

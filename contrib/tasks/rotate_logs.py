@@ -70,6 +70,7 @@ def run(task: Any) -> str | None:
     if not logs:
         raise ValueError("options.files: there is no such file; mend the paths")
     problems = Problems()
+    logs = safe(logs, problems)
     before = {path for log in logs for path in rotated(log)}
     rotate_due(task, logs, options, problems)
     tell(logs, options, problems)
@@ -96,6 +97,18 @@ def rotated(log: str) -> list[str]:
     return sorted(path for path in paths if (m := ROTATED.fullmatch(path)) and m[1] == log)
 
 
+def safe(logs: list[str], problems: Problems) -> list[str]:
+    """Leave out those where root could be misled, as others can replace a file by a link."""
+    kept = []
+    for log in logs:
+        with problems.of(log):
+            status = os.stat(os.path.dirname(log))
+            if os.geteuid() == 0 and (status.st_uid != 0 or status.st_mode & 0o022):
+                raise LogError("others can write to its folder; let its owner rotate it, not root")
+            kept.append(log)
+    return kept
+
+
 class Problems:
     """What is wrong with some of the logs; the others go on."""
 
@@ -116,41 +129,31 @@ class Problems:
 
 
 def rotate_due(task: Any, logs: list[str], options: Options, problems: Problems) -> None:
-    """Rotate the logs that are due; note when each was seen first, for those never rotated."""
+    """Rotate the logs that are due; note when each was seen first, or rotated last."""
     now = time.time()
-    seen = task.state["seen"] = {log: task.state.get("seen", {}).get(log, now) for log in logs}
+    seen = task.state.get("seen", {})
+    # one from the future is that of a clock that has been set back since
+    seen = task.state["seen"] = {log: min(now, seen.get(log, now)) for log in logs}
     for log in task.each(logs):
         with problems.of(log):
             for path in glob.glob(glob.escape(log) + "-*.unfinished"):  # of a run that was killed
                 os.unlink(path)
-            if os.path.lexists(log) and is_due(log, options, now, seen[log]):
+            if os.path.lexists(log) and is_due(log, options, now - seen[log]):
                 rotate(log, options.method, now)
+                seen[log] = now
                 task.add_volume(1)
 
 
-def is_due(log: str, options: Options, now: float, first_seen: float) -> bool:
+def is_due(log: str, options: Options, age: float) -> bool:
     status = os.lstat(log)
     if not stat.S_ISREG(status.st_mode):
         raise LogError("is no plain file; name the file itself")
-    moments = [moment_of(path) for path in rotated(log)] or [first_seen]
     large = 0 < options.larger_than_mb * 1_000_000 < status.st_size
-    seconds = read_seconds(options.older_than)
-    return bool(status.st_size) and (large or 0 < seconds * SLACK <= now - moments[-1])
-
-
-def moment_of(path: str) -> float:
-    match = ROTATED.fullmatch(path)
-    try:
-        return calendar.timegm(time.strptime(match[2], STAMP)) if match else 0
-    except ValueError:  # digits, but no date
-        return 0
+    return bool(status.st_size) and (large or 0 < read_seconds(options.older_than) * SLACK <= age)
 
 
 def rotate(log: str, method: str, now: float) -> None:
-    refuse_unsafe(os.path.dirname(log))
-    target = f"{log}-{time.strftime(STAMP, time.gmtime(now))}"
-    if os.path.lexists(target) or os.path.lexists(target + ".gz"):
-        raise LogError(f"{target} is there; remove it, or wait a second")
+    target = f"{log}-{new_stamp(log, now)}"
     if method == "rename":
         rename(log, target)
     else:
@@ -158,11 +161,12 @@ def rotate(log: str, method: str, now: float) -> None:
     print(f"rotated {log!r}")
 
 
-def refuse_unsafe(folder: str) -> None:
-    """Root is misled easily where others can replace a file by a link."""
-    status = os.stat(folder)
-    if os.geteuid() == 0 and (status.st_uid != 0 or status.st_mode & 0o022):
-        raise LogError(f"others can write to {folder}; let its owner rotate the logs, not root")
+def new_stamp(log: str, now: float) -> str:
+    """Return a stamp later than those there are; else, after a clock was set back, it would go."""
+    stamps = [match[2] for path in rotated(log) if (match := ROTATED.fullmatch(path))]
+    with contextlib.suppress(ValueError):  # there is none, or one that is no time
+        now = max(now, calendar.timegm(time.strptime(max(stamps, default=""), STAMP)) + 1)
+    return time.strftime(STAMP, time.gmtime(now))
 
 
 def rename(log: str, target: str) -> None:
@@ -253,7 +257,7 @@ def send(pid_file: str, number: int) -> None:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         with open(pid_file, encoding="ascii", errors="replace") as file:
             text = file.read(100).strip()
-        if not re.fullmatch("[1-9][0-9]{0,9}", text) or int(text) == 1:
+        if not re.fullmatch("[1-9][0-9]{0,8}", text) or int(text) == 1:
             raise LogError("does not hold the number of a process")
         os.kill(int(text), number)
 

@@ -24,13 +24,15 @@ import calendar
 import glob
 import os
 import re
+import signal
 import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Callable, NamedTuple
 
-NETWORK_SECONDS = 15.0
+NETWORK_SECONDS = 15
 LARGEST = 10_000_000  # bytes; a bundle of all that are trusted has 200,000
 PEM = re.compile(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", re.DOTALL)
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:/\[\]\s]+))(?::([0-9]{1,5}))?")
@@ -92,9 +94,27 @@ def shown_by(host: str, ca_file: str) -> bytes:
     match = HOST.fullmatch(host)
     name, port = (match[1] or match[2], int(match[3] or 443)) if match else (host, 443)
     context = ssl.create_default_context(cafile=ca_file or None)
-    connection = socket.create_connection((name, port), timeout=NETWORK_SECONDS)
-    with connection, context.wrap_socket(connection, server_hostname=name) as secured:
-        return secured.getpeercert(binary_form=True) or b""
+    # a name may have several addresses, and each has its time
+    with within(NETWORK_SECONDS), socket.create_connection((name, port), 5) as connection:
+        connection.settimeout(None)
+        with context.wrap_socket(connection, server_hostname=name) as secured:
+            return secured.getpeercert(binary_form=True) or b""
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError after so many seconds, also if each byte comes in time."""
+
+    def end(_number: int, _frame: object) -> None:
+        raise TimeoutError(f"did not answer within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # --- certificates: Python's own reader shows only those it has verified

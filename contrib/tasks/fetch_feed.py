@@ -47,13 +47,14 @@ from xml.parsers import expat
 
 NETWORK_SECONDS = 60
 DEEPEST = 100  # elements in each other
+MOST_PARTS = 300_000  # elements and attributes: each needs some 300 bytes
 MOST = 2000  # entries of a feed that are looked at, from its top: keeps the state small
 REMEMBERED = 1000  # entries that it no longer shows
 ATOM, RSS_1 = "{http://www.w3.org/2005/Atom}", "{http://purl.org/rss/1.0/}"
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 DC = "{http://purl.org/dc/elements/1.1/}"
 ROOTS = ("rss", f"{RDF}RDF", f"{ATOM}feed")
-ENTRIES = ("item", f"{RSS_1}item", f"{ATOM}entry")
+ENTRIES = ("channel/item", f"{RSS_1}item", f"{ATOM}entry")  # not those that hold each other
 
 
 class FeedError(Exception):
@@ -164,7 +165,8 @@ class Web(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> Any:
-        del fp, code, msg, headers
+        del code, msg, headers
+        fp.close()  # else all of its body would be read, which may have no end
         if not newurl.startswith("https://" if req.type == "https" else ("http://", "https://")):
             raise ValueError(f"leads to {newurl[:200]}, which is less safe")
         return urllib.request.Request(newurl, headers=dict(req.headers))  # noqa: S310 - checked
@@ -209,22 +211,26 @@ def parse(content: bytes, url: str) -> list[dict[str, str]]:
         raise FeedError(f"{url} is no feed: {error}") from None
     if root.tag not in ROOTS:
         raise FeedError(f"{url} is no feed: it begins with {root.tag[:100]!r}")
-    found = [read_entry(item, url) for item in root.iter() if item.tag in ENTRIES][:MOST]
+    items = [item for place in ENTRIES for item in root.findall(place)]
+    found = [read_entry(item, url) for item in items[:MOST]]
     return list({mark(entry): entry for entry in reversed(found)}.values())[::-1]
 
 
 def refuse_hostile(content: bytes) -> None:
-    """Raise ValueError if a document declares entities, or is nested too deeply."""
-    depth = 0
+    """Raise ValueError if a document declares entities, or would become too large or deep."""
+    depth = parts = 0
 
     def refuse(*_: object) -> None:
         raise ValueError("it declares entities")
 
-    def deeper(*_: object) -> None:
-        nonlocal depth
+    def deeper(_: str, attributes: Mapping[str, str]) -> None:
+        nonlocal depth, parts
         depth += 1
+        parts += 1 + len(attributes)
         if depth > DEEPEST:
             raise ValueError(f"it nests more than {DEEPEST} elements")
+        if parts > MOST_PARTS:
+            raise ValueError(f"it has more than {MOST_PARTS} elements and attributes")
 
     def higher(_: str) -> None:
         nonlocal depth

@@ -35,8 +35,8 @@ esac
 # the URL goes through stdin, as all users of the machine can see arguments
 if command -v curl >/dev/null; then
     printf 'url = "%s"\n' "$url" |
-        curl -q --silent --show-error --fail --globoff --max-time 20 --retry 2 --output /dev/null \
-            --config -
+        curl -q --silent --show-error --fail --globoff --location --max-redirs 5 --max-time 20 \
+            --proto "=${url%%:*},https" --retry 2 --output /dev/null --config -
 elif command -v wget >/dev/null; then
     printf '%s\n' "$url" | wget --quiet --timeout=20 --tries=3 --output-document=/dev/null --input-file=-
 else

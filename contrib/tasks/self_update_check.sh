@@ -75,7 +75,7 @@ fi
     esac
 } >"$work/config"
 code=$(curl -q --silent --show-error --fail --globoff --location --max-redirs 5 --max-time 120 \
-    --proto '=http,https' --max-filesize "$most" ${ca_file:+--cacert "$ca_file"} \
+    --proto "=${url%%:*},https" --max-filesize "$most" ${ca_file:+--cacert "$ca_file"} \
     --dump-header "$work/head" --output "$work/body" --write-out '%{http_code}' \
     --config "$work/config") || fail "$url cannot be read (curl ended with $?)"
 
@@ -83,9 +83,11 @@ case $code in
     304) ;;
     200)
         there=$(sum <"$work/body")
-        # only the plain characters that servers use; one of another kind is no help here
+        # that of the last answer, not of a redirect; and only the plain characters that servers use
         etag=$(tr -d '\r' <"$work/head" |
-            sed -n 's/^[Ee][Tt][Aa][Gg]: *\(W\/\)\{0,1\}"\([A-Za-z0-9_.:+=-]\{1,200\}\)"$/\1\2/p' | tail -n 1)
+            sed -n -e 's/^HTTP\/.*//p' \
+                -e 's/^[Ee][Tt][Aa][Gg]: *\(W\/\)\{0,1\}"\([A-Za-z0-9_.:+=-]\{1,200\}\)"$/\1\2/p' |
+            tail -n 1)
         ;;
     *) fail "$url answered $code" ;;
 esac

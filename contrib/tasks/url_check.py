@@ -102,10 +102,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> Any:
-        del fp, code, msg, headers
+        del code, msg, headers
         self._left -= 1
         if self._left < 0:
             return None
+        fp.close()  # else all of its body would be read, which may have no end
         if not newurl.startswith("https://" if req.type == "https" else ("http://", "https://")):
             raise CheckError(f"leads to {newurl[:200]}, which is less safe")
         return urllib.request.Request(newurl, headers=dict(req.headers))  # noqa: S310 - checked

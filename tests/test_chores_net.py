@@ -696,6 +696,7 @@ class Update:
 
     def __init__(self, web, folder):
         self.web, self.folder, self.known = web, folder, {}
+        self.shells = [needs("dash"), [*needs("busybox"), "sh"]]  # in turn
         self.file = folder / "tool.py"
         self.file.write_text("version 1")
         self.put("version 1")
@@ -706,8 +707,9 @@ class Update:
 
     def check(self, **options):
         options = {"url": self.web.url + "/tool.py", "file": self.file, **options}
+        self.shells.append(self.shells.pop(0))
         code, said, report = run_shell(
-            "self_update_check.sh", self.folder, state=self.known, **options
+            "self_update_check.sh", self.folder, state=self.known, shell=self.shells[0], **options
         )
         self.known = json.loads(report.get("state", "{}")) or self.known
         return code, said

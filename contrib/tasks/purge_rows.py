@@ -167,7 +167,7 @@ class Sqlite(Table):
 
     def connect(self) -> None:
         uri = f"file:{quote(self.options.database)}?mode=rw"  # else a wrong path would be created
-        self.connection = sqlite3.connect(uri, PATIENCE, uri=True, isolation_level=None)
+        self.connection = sqlite3.connect(uri, timeout=PATIENCE, uri=True, isolation_level=None)
         self.connection.execute("PRAGMA foreign_keys = ON")
         if self.options.stored_as in UNITS:
             self.condition += f" AND typeof({self.column}) IN ('integer', 'real')"

@@ -67,6 +67,7 @@ def run(task: Any) -> str | None:
     options = read_options(task.options)
     try:
         with closing(KINDS[options.kind](options, time.time())) as table:
+            table.connect()
             if options.dry_run:
                 return f"{table.count()} rows would be removed"
             return purge(task, table, options.rows_at_once)
@@ -115,7 +116,7 @@ def driver(name: str, package: str) -> Any:
 class Table:
     """The old rows of a table; a subclass knows its database."""
 
-    connection: Any
+    connection: Any = None
     mark = "%s"
     quotes = '"'
 
@@ -128,7 +129,6 @@ class Table:
         self.condition = f"{self.column} >= {self.mark} AND {self.column} < {self.mark}"
         if options.where:  # on lines of its own, as it may end with a comment
             self.condition += f" AND (\n{self.literal(options.where)}\n)"
-        self.connect()
 
     def quoted(self, name: str) -> str:
         return self.quotes + self.literal(name).replace(self.quotes, self.quotes * 2) + self.quotes
@@ -156,7 +156,8 @@ class Table:
         return int(self.execute(sql).rowcount)
 
     def close(self) -> None:
-        self.connection.close()
+        if self.connection is not None:
+            self.connection.close()
 
 
 class Sqlite(Table):

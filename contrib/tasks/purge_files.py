@@ -175,8 +175,8 @@ class Purge:
                     return
                 if not self._options.dry_run:
                     os.unlink(file.name, dir_fd=fd)
-                elif not os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                elif not may_remove(file.name, fd):
+                    raise PermissionError(errno.EACCES, "Permission denied")
         except FileNotFoundError:
             return
         except OSError as error:
@@ -213,6 +213,14 @@ class Purge:
         if self._task.should_stop:
             return self._task.MORE
         return text if self._count else self._task.NOTHING
+
+
+def may_remove(name: str, fd: int) -> bool:
+    """Tell whether a file of a folder could be removed; from a sticky one, only by its owner."""
+    folder, file = os.fstat(fd), os.stat(name, dir_fd=fd, follow_symlinks=False)
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, file.st_uid, folder.st_uid):
+        return False
+    return os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True)
 
 
 def is_wanted(name: str, patterns: Iterable[str]) -> bool:

@@ -72,7 +72,7 @@ def refused(module, good, options):
 
 
 def defaults_in(name):
-    return bgtasks.read_raw(str(FOLDER / name))[0]["options"]
+    return bgtasks.read_raw(str(FOLDER / name))[0].get("options", {})
 
 
 def defaults_of(module):
@@ -143,12 +143,6 @@ def needs(*programs):
         assert not os.environ.get("CI"), f"{missing} missing"
         pytest.skip(f"{missing} missing")
     return found
-
-
-def needs_module(name):
-    """Skip where a module is missing, but not in the gate."""
-    assert importlib.util.find_spec(name) or not os.environ.get("CI"), f"pip install {name}"
-    return pytest.importorskip(name)
 
 
 def age(path, days):

@@ -3,6 +3,7 @@
 import os
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 from contextlib import ExitStack, closing
@@ -52,7 +53,9 @@ def servers():
                 pytest.skip(why)
             assert not why, why
             if kind not in started:
-                started[kind] = stack.enter_context(sql_servers.running(kind))
+                with pytest.MonkeyPatch.context() as patched:  # also what MariaDB keeps elsewhere
+                    patched.setenv("TMPDIR", sql_servers.MEMORY or tempfile.gettempdir())
+                    started[kind] = stack.enter_context(sql_servers.running(kind))
                 started[kind].create("app")
                 with closing(started[kind].connect(user="test")) as connection:
                     connection.cursor().execute(WEST[kind])

@@ -86,22 +86,34 @@ class BackupError(Exception):
 
 def run(task: Any) -> str | None:
     options = read_options(task.options)
-    with workplace(options.target, task.name) as folder:
-        try:
-            cursor = went_before(task, folder, options) or begin(task, folder, options)
-            cursor = pack(task, cursor, options)
-            if cursor.packed == cursor.files:
-                cursor = verify(task, cursor, FORMATS[options.format])
-        except Exception as error:
+    try:
+        with workplace(options.target, task.name) as folder:
+            cursor = made(task, folder, options)
+            if cursor is None:
+                return task.MORE
+            archive = publish(cursor, options)
             discard(task.state, folder)
-            if isinstance(error, OSError):
-                raise BackupError(refusal(options.target, error)) from error
-            raise
-        if cursor.packed < cursor.files or cursor.checked < cursor.parts:
-            return task.MORE
-        archive = publish(cursor, options)
-        discard(task.state, folder)
+    except OSError as error:
+        raise BackupError(refusal(options.target, error)) from error
     return finish(task, archive, cursor, options)
+
+
+def made(task: Any, folder: str, options: Options) -> Cursor | None:
+    """Make the archive, or go on with it; return None if the deadline came."""
+    try:
+        cursor = went_before(task, folder, options) or begin(task, folder, options)
+        cursor = pack(task, cursor, options)
+        if cursor.packed < cursor.files:
+            return None
+        cursor = verify(task, cursor, FORMATS[options.format])
+    except Exception:
+        discard(task.state, folder)
+        raise
+    return cursor if cursor.checked == cursor.parts else None
+
+
+def refusal(target: str, error: OSError) -> str:
+    return f"{target}: {error.strerror or error}"
 
 
 def finish(task: Any, archive: str, cursor: Cursor, options: Options) -> str:
@@ -112,10 +124,6 @@ def finish(task: Any, archive: str, cursor: Cursor, options: Options) -> str:
     what = f"{archive}: {cursor.files} files and folders, {readable(cursor.size)}"
     changed = f", {cursor.changed} changed while they were read" if cursor.changed else ""
     return f"{what}{changed}; {removed} older removed"
-
-
-def refusal(target: str, error: OSError) -> str:
-    return f"{target}: {error.strerror or error}; nothing is kept of this backup"
 
 
 def shown(path: str) -> str:
@@ -374,7 +382,7 @@ def everything(options: Options, problems: list[str]) -> Iterator[tuple[str, int
             found = found or not stat.S_ISDIR(status.st_mode)
             yield path, status.st_size if stat.S_ISREG(status.st_mode) else 0
         if not found:
-            problems.append(f"{shown(root)}: holds no file; is its disk mounted?")
+            problems.append(f"{shown(root)}: is not there, or holds no file; is its disk mounted?")
 
 
 def walk(
@@ -391,7 +399,7 @@ def walk(
                 inside = (os.path.join(path, name) for name in sorted(os.listdir(path))[::-1])
                 paths += [path for path in inside if not excluded(path)]
         except OSError as error:
-            if path == root or not isinstance(error, FileNotFoundError):
+            if not isinstance(error, FileNotFoundError):  # gone meanwhile
                 problems.append(f"{shown(path)}: {error.strerror}")
 
 
@@ -409,60 +417,71 @@ def exclusion(patterns: Iterable[str]) -> Callable[[str], object]:
 
 def pack(task: Any, cursor: Cursor, options: Options) -> Cursor:
     """Pack until all is packed or the deadline comes; each part counts when it is on the disk."""
-    packer = Packer(cursor, options)
-    with contextlib.closing(packer):
-        while packer.cursor.packed < cursor.files and not task.should_stop:
-            packer.pack_part(task)
-            save(task, packer.cursor)
-    return packer.cursor
+    if cursor.packed == cursor.files:
+        return cursor
+    with contextlib.closing(Packer(task, cursor, options)) as packer:
+        for path, _ in task.each(listed(os.path.join(cursor.folder, "list"), cursor.packed)):
+            packer.add(path)
+        packer.end_part()
+        return packer.cursor
 
 
 class Packer:
-    """Adds what is listed to the archive, and notes in its journal what each part of it holds."""
+    """Adds paths to the archive, and notes in its journal what each part of it holds."""
 
-    def __init__(self, cursor: Cursor, options: Options) -> None:
-        self.cursor, self._options = cursor, options
+    def __init__(self, task: Any, cursor: Cursor, options: Options) -> None:
+        self.cursor, self._task, self._options = cursor, task, options
         self._reserve = options.min_free_mib << 20
         path = os.path.join(cursor.folder, "journal")
         self._journal = open_at(path, cursor.journal, self._reserve)
         self._known: dict[str, str] = {}  # by what later files must know of a member: its name
         for _, _, entries in journal(path):
             self._know(entries)
+        self._begin_part()
 
     def close(self) -> None:
+        if self._archive is not None:
+            self._archive.abandon()
         self._journal.close()
 
     def _know(self, entries: Iterable[Entry]) -> None:
         self._known.update((key, name) for name, _, _, _, key in entries if key)
 
-    def pack_part(self, task: Any) -> None:
-        start, end = self.cursor.size, time.monotonic() + PART_SECONDS
+    def _begin_part(self) -> None:
         path = os.path.join(self.cursor.folder, "archive")
-        self._archive = FORMATS[self._options.format](path, start, self._reserve)
-        entries: list[Entry] = []
-        left = listed(os.path.join(self.cursor.folder, "list"), self.cursor.packed)
-        for name, _ in task.each(left):
-            entries += self._add(name)
-            self._count(packed=1)
-            if self.cursor.packed % 100 == 0:
-                task.progress(self.cursor.packed, self.cursor.files)
-            if time.monotonic() > end:
-                break
+        kind = FORMATS[self._options.format]
+        self._archive: TarGz | Zip | None = kind(path, self.cursor.size, self._reserve)
+        self._entries: list[Entry] = []
+        self._end = time.monotonic() + PART_SECONDS
+
+    def end_part(self) -> None:
         last = self.cursor.packed == self.cursor.files
         size = self._archive.close(last=last)
-        if entries or last:
-            self._note(start, size, entries)
-        task.add_volume(len(entries))
+        self._archive = None
+        if self._entries or last:
+            self._note(size)
+        save(self._task, self.cursor)
+
+    def _note(self, size: int) -> None:
+        text = json.dumps([self.cursor.size, size, self._entries])
+        self._journal.write(text.encode() + b"\n")
+        sync(self._journal)
+        self.cursor = self.cursor._replace(size=size, journal=self._journal.tell())
+        self._count(parts=1)
+        self._task.add_volume(len(self._entries))
+
+    def add(self, path: str) -> None:
+        self._entries += self._add(path)
+        self._count(packed=1)
+        if self.cursor.packed % 100 == 0:
+            self._task.progress(self.cursor.packed, self.cursor.files)
+        if time.monotonic() > self._end and self.cursor.packed < self.cursor.files:
+            self.end_part()
+            self._begin_part()
 
     def _count(self, **more: int) -> None:
         have = self.cursor._asdict()
         self.cursor = self.cursor._replace(**{key: have[key] + more[key] for key in more})
-
-    def _note(self, start: int, end: int, entries: list[Entry]) -> None:
-        self._journal.write(json.dumps([start, end, entries]).encode() + b"\n")
-        sync(self._journal)
-        self.cursor = self.cursor._replace(size=end, journal=self._journal.tell())
-        self._count(parts=1)
 
     def _add(self, path: str) -> list[Entry]:
         """Add one path; return what was added."""
@@ -672,7 +691,7 @@ def copied(path: str, copy: str, pages: int) -> str:
             os.unlink(name)
     uri = f"file:{quote(os.fsencode(path))}?mode=rw"
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(contextlib.closing(sqlite3.connect(uri, uri=True)))
+        source = stack.enter_context(contextlib.closing(sqlite3.connect(uri, 1.0, uri=True)))
         target = stack.enter_context(contextlib.closing(sqlite3.connect(copy)))
         source.backup(target, pages=pages, progress=patience(pages))
         return damage(target)
@@ -745,6 +764,12 @@ def sync(file: io.BufferedRandom) -> None:
     os.fsync(file.fileno())
 
 
+def drop(file: io.BufferedRandom) -> None:
+    """Close a file without writing what is still in its buffer."""
+    file.raw.failed = True
+    file.close()
+
+
 class TarGz:
     """A tar whose parts are gzip files of their own: one behind the other they are one again."""
 
@@ -773,6 +798,10 @@ class TarGz:
         sync(self._file)
         with self._file:
             return self._file.tell()
+
+    def abandon(self) -> None:
+        self._gzip.fileobj = None
+        drop(self._file)
 
     @staticmethod
     def members(path: str, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
@@ -826,6 +855,10 @@ class Zip:
         sync(self._file)
         with self._file:
             return self._file.seek(0, os.SEEK_END)
+
+    def abandon(self) -> None:
+        self._zip.fp = None
+        drop(self._file)
 
     @staticmethod
     def members(path: str, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
@@ -948,7 +981,11 @@ def rotate(name: str, archive: str, options: Options) -> int:
     stay = {archive, *(kept.file for kept in to_keep(archives, options))}
     old = [found.file for found in archives if found.file not in stay]
     for file in old:
-        os.unlink(os.path.join(options.target, file))
+        try:
+            os.unlink(os.path.join(options.target, file))
+        except OSError as error:
+            text = f"{archive} is made, but {file} cannot be removed: {error.strerror}"
+            raise BackupError(text) from None
         print(f"{file}: removed")
     return len(old)
 

@@ -5,7 +5,6 @@ import contextlib
 import gzip
 import importlib.util
 import io
-import itertools
 import json
 import os
 import random
@@ -846,7 +845,9 @@ numbers = some.integers(0, 5)
 def test_whatever_is_asked_for_the_newest_and_the_last_complete_one_stay(archives, last, periods):
     keys = ("keep_daily", "keep_weekly", "keep_monthly", "keep_yearly")
     found = kept(
-        [archive_at(each[0], complete=each[1]) for each in archives], keep_last=last, **dict(zip(keys, periods))
+        [archive_at(each[0], complete=each[1]) for each in archives],
+        keep_last=last,
+        **dict(zip(keys, periods)),
     )
     archives.sort()
     assert {archive_at(each[0], complete=each[1]) for each in archives[-last:]} <= set(found)

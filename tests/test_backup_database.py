@@ -179,7 +179,13 @@ class PostgreSql(Server):
         return line.replace("| psql", f"| {words} psql -qX")
 
 
-@pytest.fixture(scope="module", params=[MariaDb, PostgreSql], ids=["mariadb", "postgresql"])
+# each is started once, by the worker that has all its tests
+SERVERS = [
+    pytest.param(kind, marks=pytest.mark.xdist_group(kind.name)) for kind in (MariaDb, PostgreSql)
+]
+
+
+@pytest.fixture(scope="module", params=SERVERS, ids=["mariadb", "postgresql"])
 def server(request):
     folder = Path(tempfile.mkdtemp())  # short, because the path of a socket must be
     folder.chmod(0o755)
@@ -506,22 +512,38 @@ def test_what_a_killed_run_left_is_replaced(dumps):
 
 
 BAD = {
-    "databases": ["", "shop;ls", "-shop", "../shop", "shop $HOME", "'shop'", "shop *"],
+    "databases": ["", "shop;ls", "-shop", "../shop", "shop $HOME", "'shop'", "shop *", 'a"b'],
     "defaults_file": ["", "/does/not/exist", "/"],
     "target": ["", "dumps", "/does/not/exist"],
     "server": ["oracle"],
-    "keep": ["0"],
+    "keep": ["0", "", "-1", "many", "7 days", "99999999999"],
+    "min_free_mib": ["", "1 GiB"],
 }
 
 
 @pytest.mark.parametrize("key", sorted(BAD))
-def test_a_bad_option_is_one_clear_line_and_nothing_is_done(dumps, key):
+def test_a_bad_option_is_one_clear_line_and_nothing_is_done(tmp_path, key):
+    defaults, target, report = (tmp_path / name for name in ("my.cnf", "dumps", "report"))
+    defaults.write_text("[client]\n")
+    defaults.chmod(0o600)
+    target.mkdir()
+    options = bgtasks.read_raw(str(FILE))[0]["options"]
+    options.update(databases="shop", defaults_file=str(defaults), target=str(target))
+    env = {f"BGTASKS_OPTION_{name.upper()}": str(options[name]) for name in options}
+    env.update(BGTASKS_TASK="x", BGTASKS_REPORT=str(report), BGTASKS_INPUT="/dev/null")
     for value in BAD[key]:
-        dumps.set(dumps.use_program(f"echo >{dumps.site.ledger}; {DUMP}"), **{key: value})
-        assert dumps.outcome() == "failed", value
-        assert f"options.{key}: " in dumps.log(), value
-        assert dumps.files() == []
-    assert not dumps.site.ledger.exists()
+        wrong = {**env, "PATH": os.environ["PATH"], f"BGTASKS_OPTION_{key.upper()}": value}
+        done = subprocess.run([FILE], env=wrong, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, value
+        assert re.fullmatch(rf"options\.{key}: .+\n", done.stderr), value
+        assert os.listdir(target) == []
+    assert not report.exists()
+
+
+def test_a_copy_without_options_says_what_to_set(site):
+    shutil.copy(FILE, site.tasks)
+    assert site.run("run", "backup_database").returncode == 1
+    assert "options.databases: is empty; name the databases" in site.log("backup_database")
 
 
 def test_a_defaults_file_that_others_can_read_is_refused(dumps):

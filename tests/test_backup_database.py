@@ -17,7 +17,8 @@ from conftest import PROGRAM, wait_for
 
 import bgtasks
 
-pytestmark = pytest.mark.unmeasured
+# the servers are started once, by one worker
+pytestmark = [pytest.mark.unmeasured, pytest.mark.xdist_group("databases")]
 
 FILE = PROGRAM.parent / "contrib" / "tasks" / "backup_database.sh"
 PAGE = (FILE.parent / "README.md").read_text()
@@ -179,13 +180,7 @@ class PostgreSql(Server):
         return line.replace("| psql", f"| {words} psql -qX")
 
 
-# each is started once, by the worker that has all its tests
-SERVERS = [
-    pytest.param(kind, marks=pytest.mark.xdist_group(kind.name)) for kind in (MariaDb, PostgreSql)
-]
-
-
-@pytest.fixture(scope="module", params=SERVERS, ids=["mariadb", "postgresql"])
+@pytest.fixture(scope="module", params=[MariaDb, PostgreSql], ids=["mariadb", "postgresql"])
 def server(request):
     folder = Path(tempfile.mkdtemp())  # short, because the path of a socket must be
     folder.chmod(0o755)

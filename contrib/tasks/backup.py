@@ -491,7 +491,7 @@ class Packer:
         except FileNotFoundError:
             print(f"{shown(path)}: is gone meanwhile")
         except OSError as error:
-            self._complain(path, error.strerror)
+            self._complain(path, str(error.strerror))
         if entry is not None:
             self._know([entry])
         return [] if entry is None else [entry]
@@ -691,7 +691,9 @@ def copied(path: str, copy: str, pages: int) -> str:
             os.unlink(name)
     uri = f"file:{quote(os.fsencode(path))}?mode=rw"
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(contextlib.closing(sqlite3.connect(uri, 1.0, uri=True)))
+        source = stack.enter_context(
+            contextlib.closing(sqlite3.connect(uri, timeout=1.0, uri=True))
+        )
         target = stack.enter_context(contextlib.closing(sqlite3.connect(copy)))
         source.backup(target, pages=pages, progress=patience(pages))
         return damage(target)
@@ -764,12 +766,6 @@ def sync(file: io.BufferedRandom) -> None:
     os.fsync(file.fileno())
 
 
-def drop(file: io.BufferedRandom) -> None:
-    """Close a file without writing what is still in its buffer."""
-    file.raw.failed = True
-    file.close()
-
-
 class TarGz:
     """A tar whose parts are gzip files of their own: one behind the other they are one again."""
 
@@ -800,8 +796,9 @@ class TarGz:
             return self._file.tell()
 
     def abandon(self) -> None:
-        self._gzip.fileobj = None
-        drop(self._file)
+        self._file.raw.failed = True  # what is left in buffers is written nowhere
+        self._gzip.close()
+        self._file.close()
 
     @staticmethod
     def members(path: str, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
@@ -857,8 +854,9 @@ class Zip:
             return self._file.seek(0, os.SEEK_END)
 
     def abandon(self) -> None:
+        self._file.raw.failed = True  # what is left in buffers is written nowhere
         self._zip.fp = None
-        drop(self._file)
+        self._file.close()
 
     @staticmethod
     def members(path: str, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:

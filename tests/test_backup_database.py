@@ -567,6 +567,15 @@ def test_the_page_and_the_file_agree():
     assert {name.rpartition(".")[2] for name in examples} <= set(options)
 
 
+def test_the_example_of_the_page_works(dumps):
+    text = "\n".join(lines("task.backup_database."))
+    text = text.replace("/srv/bgtasks/backup.cnf", str(dumps.defaults))
+    text = text.replace("/mnt/backup", str(dumps.target))
+    dumps.set(dumps.use_program(DUMP) + text)
+    assert dumps.outcome() == "done", dumps.log()
+    assert dumps.dumped() == [SHOP, SHOP.replace("shop", "wiki")]
+
+
 @pytest.mark.parametrize("shell", ["dash", "bash --posix", "busybox sh"])
 def test_any_shell_can_read_it(shell):
     if not shutil.which(shell.split()[0]):

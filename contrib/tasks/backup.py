@@ -64,6 +64,7 @@ from typing import Any, BinaryIO, Callable, NamedTuple
 from urllib.parse import quote
 
 PART_SECONDS = 60.0  # what a kill may cost
+PART_FILES = 100_000  # their names are kept in memory until the part ends
 LATE_SECONDS = 86400.0  # an archive that nobody worked at for so long is begun anew
 LOCKED_SECONDS = 60.0  # how long a database may be locked
 SMALL_BYTES = 8 << 20  # a file up to this size is taken at one moment
@@ -475,7 +476,8 @@ class Packer:
         self._count(packed=1)
         if self.cursor.packed % 100 == 0:
             self._task.progress(self.cursor.packed, self.cursor.files)
-        if time.monotonic() > self._end and self.cursor.packed < self.cursor.files:
+        full = time.monotonic() > self._end or len(self._entries) >= PART_FILES
+        if full and self.cursor.packed < self.cursor.files:
             self.end_part()
             self._begin_part()
 

@@ -23,15 +23,14 @@
 
     python3 backup.py restore ARCHIVE FOLDER
 
-A backup first notes what there is, then packs that in parts, reads each part back, and only then
-gives the archive its name. Each of these goes on in the next run if the deadline comes or the task
-is killed; what is unfinished lies in the folder .TASK.unfinished of the target. If the disk gets
-full, or reads back something else, that is removed, and archives that are there stay untouched.
+A backup first notes what there is, then packs that in parts, reads all of it back, and only then
+gives the archive its name. If the deadline comes, or the task is killed, the next run goes on; what
+is unfinished lies in the folder .TASK.unfinished of the target. If the disk gets full, or what it
+holds cannot be read back, that is removed, and archives that are there stay untouched.
 
 What cannot be read lets the run fail at its end; the rest is kept, as TASK-TIME.incomplete.tar.gz.
 A file that begins as a SQLite database does is copied through SQLite, so the copy is whole while
-others write to it. Symbolic links are stored, not followed, but for the paths themselves. Sockets,
-pipes and devices are left out. Not stored: extended attributes and ACLs; hard links in a zip.
+others write to it. Symbolic links are stored, not followed, but for the paths themselves.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ import fnmatch
 import functools
 import grp
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -60,43 +58,40 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
-from typing import Any, BinaryIO, Callable, NamedTuple
+from types import SimpleNamespace
+from typing import IO, Any, Callable, NamedTuple
 from urllib.parse import quote
 
 PART_SECONDS = 60.0  # what a kill may cost
-PART_FILES = 100_000  # their names are kept in memory until the part ends
 LATE_SECONDS = 86400.0  # an archive that nobody worked at for so long is begun anew
-LOCKED_SECONDS = 60.0  # how long a database may be locked
-SMALL_BYTES = 8 << 20  # a file up to this size is taken at one moment
+COPY_SECONDS = 60.0  # how long a database is copied in steps, and how long it may be locked
 CHUNK = 1 << 18
-PAGES, MOST_RESTARTS = 2000, 3
+PAGES = 2000
 SAMPLES = 200
+EMPTY = io.BytesIO()
 DATABASE = b"SQLite format 3\0"
 BESIDE_DATABASE = re.compile("(.*)-(wal|shm|journal)", re.DOTALL)
-SPECIAL = {stat.S_IFSOCK: "a socket", stat.S_IFIFO: "a pipe"}
+KINDS = {
+    stat.S_IFREG: tarfile.REGTYPE,
+    stat.S_IFDIR: tarfile.DIRTYPE,
+    stat.S_IFLNK: tarfile.SYMTYPE,
+}
+Complain = Callable[[str, str], None]
 TYPES = {str: "text in quotes", int: "a whole number", tuple: "a list of texts"}
-
-Entry = (
-    tuple  # name, kind, size and digest of what was packed, and what later files must know of it
-)
 
 
 class BackupError(Exception):
     """The run fails; its text is for people."""
 
 
-def run(task: Any) -> str | None:
+def run(task: Any) -> Any:
     options = read_options(task.options)
     try:
-        with workplace(options.target, task.name) as folder:
+        with workplace(task, options.target) as folder:
             cursor = made(task, folder, options)
-            if cursor is None:
-                return task.MORE
-            archive = publish(cursor, options)
-            discard(task.state, folder)
     except OSError as error:
-        raise BackupError(refusal(options.target, error)) from error
-    return finish(task, archive, cursor, options)
+        raise BackupError(f"{options.target}: {error.strerror or error}") from error
+    return finish(task, cursor, options) if cursor else task.MORE
 
 
 def made(task: Any, folder: str, options: Options) -> Cursor | None:
@@ -106,23 +101,22 @@ def made(task: Any, folder: str, options: Options) -> Cursor | None:
         cursor = pack(task, cursor, options)
         if cursor.packed < cursor.files:
             return None
-        cursor = verify(task, cursor, FORMATS[options.format])
+        verify(cursor, FORMATS[options.format])
+        publish(cursor, options)
     except Exception:
-        discard(task.state, folder)
+        discard(task, folder)
         raise
-    return cursor if cursor.checked == cursor.parts else None
+    discard(task, folder)
+    return cursor
 
 
-def refusal(target: str, error: OSError) -> str:
-    return f"{target}: {error.strerror or error}"
-
-
-def finish(task: Any, archive: str, cursor: Cursor, options: Options) -> str:
+def finish(task: Any, cursor: Cursor, options: Options) -> str:
+    archive = cursor.published(options.format)
     removed = rotate(task.name, archive, options)
     if cursor.problems:
         text = f"{archive} is incomplete, {cursor.problems} could not be read; the last: "
         raise BackupError(text + cursor.problem)
-    what = f"{archive}: {cursor.files} files and folders, {readable(cursor.size)}"
+    what = f"{archive}: {cursor.files} files and folders, {mib(cursor.size)}"
     changed = f", {cursor.changed} changed while they were read" if cursor.changed else ""
     return f"{what}{changed}; {removed} older removed"
 
@@ -132,12 +126,8 @@ def shown(path: str) -> str:
     return path if path.isprintable() else ascii(path)
 
 
-def readable(size: float) -> str:
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size /= 1024
-        del units[0]
-    return f"{size:.1f} {units[0]}" if units[0] != "B" else f"{size:.0f} B"
+def mib(size: float) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
 
 
 # --- options
@@ -158,46 +148,11 @@ class Options(NamedTuple):
     min_free_mib: int = 1024
 
 
-RULES: tuple[tuple[str, Callable[[Options], object], str], ...] = (
-    ("paths", lambda o: o.paths, 'is empty; name what to back up, such as ["/srv/app"]'),
-    ("paths", lambda o: all(map(os.path.isabs, o.paths)), "must be paths from the root on"),
-    (
-        "paths",
-        lambda o: "/" not in map(os.path.realpath, o.paths),
-        "must not be /, which holds the files of the kernel; name the folders in it",
-    ),
-    ("target", lambda o: o.target, "is empty; name the folder for the archives"),
-    ("target", lambda o: os.path.isabs(o.target), "must be a path from the root on"),
-    (
-        "target",
-        lambda o: os.path.isdir(o.target),
-        "is no folder; mount its disk, or make it with mkdir -m 700",
-    ),
-    (
-        "target",
-        lambda o: os.access(o.target, os.W_OK | os.X_OK),
-        "cannot be written to; give it to the user who runs this",
-    ),
-    (
-        "target",
-        lambda o: not any(lies_in(path, o.target) for path in o.paths),
-        "must not hold what is backed up; name another folder",
-    ),
-    ("format", lambda o: o.format in FORMATS, 'must be "tar.gz" or "zip"'),
-    ("keep_last", lambda o: o.keep_last > 0, "must be at least 1"),
-)
-
-
-def lies_in(path: str, folder: str) -> bool:
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath([path, folder]) == folder
-
-
 def read_options(given: dict[str, Any]) -> Options:
     """Return the options. Raises ValueError that says what is wrong with one of them."""
     options = Options(**{key: read_option(key, value) for key, value in given.items()})
-    for key, holds, rule in RULES:
-        if not holds(options):
+    for key, holds, rule in rules(options):
+        if not holds:
             raise ValueError(f"options.{key}: {rule}")
     return options
 
@@ -209,10 +164,8 @@ def read_option(key: str, value: Any) -> Any:
     kind = type(Options._field_defaults[key])
     if kind is int and isinstance(value, str) and re.fullmatch("[0-9]+", value):
         value = int(value)
-    elif kind is tuple and isinstance(value, str):
-        value = tuple(re.split(r"\s*,\s*", value))
-    elif isinstance(value, list):
-        value = tuple(value)
+    elif kind is tuple and isinstance(value, (str, list)):
+        value = tuple(re.split(r"\s*,\s*", value) if isinstance(value, str) else value)
     texts = value if kind is tuple else ()
     if type(value) is not kind or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"options.{key}: must be {TYPES[kind]}")
@@ -221,104 +174,126 @@ def read_option(key: str, value: Any) -> Any:
     return value
 
 
+def rules(given: Options) -> Iterator[tuple[str, object, str]]:
+    """Yield what must hold, the next only if those before do."""
+    paths, target, roots = given.paths, given.target, list(map(os.path.realpath, given.paths))
+    yield "paths", paths, 'is empty; name what to back up, such as ["/srv/app"]'
+    yield "paths", all(map(os.path.isabs, paths)), "must be paths from the root on"
+    yield "paths", "/" not in roots, "must not be /, which holds the kernel's files; name folders"
+    yield "target", target, "is empty; name the folder for the archives"
+    yield "target", os.path.isabs(target), "must be a path from the root on"
+    yield "target", os.path.isdir(target), "is no folder; mount its disk, or make it: mkdir -m 700"
+    may_write = os.access(target, os.W_OK | os.X_OK)
+    yield "target", may_write, "cannot be written to; give it to the user who runs this"
+    apart = not any(lies_in(path, os.path.realpath(target)) for path in roots)
+    yield "target", apart, "must not hold what is backed up; name another folder"
+    names = all(text[0] == "/" or "/" not in text[:-1] for text in given.exclude)
+    yield "exclude", names, "must be names such as *.tmp, and paths from the root on"
+    yield "format", given.format in FORMATS, 'must be "tar.gz" or "zip"'
+    yield "keep_last", given.keep_last > 0, "must be at least 1"
+
+
+def lies_in(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
 # --- the folder of what is unfinished, and how far it is
 
 
-class Cursor(NamedTuple):
+class Cursor(SimpleNamespace):
     """How far an archive is. What its files hold beyond that does not count."""
 
     folder: str
     archive: str  # its name, without what comes behind the time
-    wanted: str  # the options that it was begun with
-    at: float  # when somebody last worked at it
-    files: int
+    wanted: str  # the options that it was begun with: the first four
+    at: float = 0.0  # when somebody last worked at it
+    files: int = 0
     packed: int = 0
     size: int = 0  # bytes of the archive
-    journal: int = 0  # and of its journal
-    parts: int = 0
-    checked: int = 0
+    members: int = 0
     problems: int = 0
     problem: str = ""
     changed: int = 0
 
+    def path(self, what: str) -> str:
+        """Return where the `list`, the `packed` archive, or a `copy` of a database lies."""
+        return os.path.join(self.folder, f"{self.archive}.{what}")
+
+    def complain(self, path: str, what: str) -> None:
+        text = f"{shown(path)}: {what}"
+        print(text)
+        self.problems, self.problem = self.problems + 1, text[-500:]
+
+    def published(self, suffix: str) -> str:
+        return f"{self.archive}{'.incomplete' * bool(self.problems)}.{suffix}"
+
 
 @contextlib.contextmanager
-def workplace(target: str, name: str) -> Iterator[str]:
-    """Hold the folder for what is unfinished; two installations may have one target."""
-    folder = os.path.join(target, f".{name}.unfinished")
+def workplace(task: Any, target: str) -> Iterator[str]:
+    """Hold the folder for what is unfinished. A second installation would remove our archives."""
+    folder = os.path.join(target, f".{task.name}.unfinished")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise BackupError(f"{folder}: is not a folder of ours; remove it")
-    with open(os.open(f"{folder}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as lock:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with open(os.open(f"{folder}.lock", flags, 0o600), "r+") as lock:
+        apart = "give each installation a target of its own"
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = "another one is at work there; give each installation a target of its own"
-            raise BackupError(f"{folder}: {text}") from None
+            raise BackupError(f"{folder}: another one is at work there; {apart}") from None
         except OSError as error:  # some network disks have no locks
             print(f"{folder}.lock: {error.strerror}")
+        owner = f"{task.node}:{task.state_dir}"
+        other = lock.read() or owner
+        if other != owner:
+            raise BackupError(f"{folder}.lock: is of {shown(other)}; {apart}, or remove this file")
+        lock.seek(0)
+        lock.write(owner)
+        lock.flush()
         yield folder
-
-
-def wanted(options: Options) -> str:
-    what = (options.paths, options.target, options.exclude, options.format)
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def went_before(task: Any, folder: str, options: Options) -> Cursor | None:
     """Return the cursor of what an earlier run left unfinished, if that can be continued."""
-    try:
+    with contextlib.suppress(KeyError, AttributeError, FileNotFoundError):
         cursor = Cursor(**task.state["unfinished"])
-    except (KeyError, TypeError):  # there is none, or it is of another version
-        return None
-    if (cursor.folder, cursor.wanted) != (folder, wanted(options)):
-        discard(task.state, cursor.folder)
-        return None
-    fresh = time.time() - cursor.at < LATE_SECONDS
-    return cursor if fresh and all(map(is_there, *unfinished_files(cursor))) else None
+        there = os.path.getsize(cursor.path("packed")) if cursor.packed else 0
+        late = abs(time.time() - cursor.at) > LATE_SECONDS
+        same = (cursor.folder, cursor.wanted) == (folder, json.dumps(options[:4]))
+        if same and not late and there >= cursor.size and os.path.exists(cursor.path("list")):
+            return cursor
+        discard(task, cursor.folder)
+    return None
 
 
-def unfinished_files(cursor: Cursor) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    names = [os.path.join(cursor.folder, name) for name in ("list", "archive", "journal")]
-    return tuple(names), (1, cursor.size, cursor.journal)
+def save(task: Any, cursor: Cursor) -> None:
+    cursor.at = time.time()
+    task.state["unfinished"] = dict(vars(cursor))
 
 
-def is_there(path: str, size: int) -> bool:
-    return (os.path.getsize(path) if os.path.exists(path) else 0) >= size
-
-
-def save(task: Any, cursor: Cursor) -> Cursor:
-    cursor = cursor._replace(at=time.time())
-    task.state["unfinished"] = cursor._asdict()
-    return cursor
-
-
-def discard(state: dict[str, Any], folder: str) -> None:
-    state.pop("unfinished", None)
+def discard(task: Any, folder: str) -> None:
+    task.state.pop("unfinished", None)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def begin(task: Any, folder: str, options: Options) -> Cursor:
     """Note what is to be packed, and look whether there is room for it."""
-    discard(task.state, folder)
+    discard(task, folder)
     os.mkdir(folder, 0o700)
-    name = os.path.join(folder, "list")
-    problems: list[str] = []
-    files, total = 0, 0
-    with open(name, "w", encoding="ascii") as file:
-        for path, size in everything(options, problems):
+    cursor = Cursor(folder=folder, archive=new_name(task.name, options))
+    cursor.wanted = json.dumps(options[:4])
+    total = 0
+    with open(cursor.path("list"), "w", encoding="ascii") as file:
+        for path, size in everything(options, cursor.complain):
             file.write(json.dumps([path, size]) + "\n")
-            files, total = files + 1, total + size
-    for problem in problems:
-        print(problem)
-    if not files:
-        raise BackupError(f"there is nothing to back up; the last problem: {problems[-1]}")
-    need = estimate(name, total) + 200 * files
-    require_space(options.target, need, options)
-    first = {"problems": len(problems), "problem": problems[-1] if problems else ""}
-    archive = new_name(task.name, options)
-    return save(task, Cursor(folder, archive, wanted(options), 0.0, files, **first))
+            cursor.files, total = cursor.files + 1, total + size
+    if not cursor.files:
+        raise BackupError(f"there is nothing to back up; the last problem: {cursor.problem}")
+    require_space(options, estimate(cursor.path("list"), total) + 200 * cursor.files)
+    save(task, cursor)
+    return cursor
 
 
 def new_name(name: str, options: Options) -> str:
@@ -330,13 +305,13 @@ def new_name(name: str, options: Options) -> str:
         now += 1
 
 
-def require_space(target: str, need: float, options: Options) -> None:
-    disk = os.statvfs(target)
+def require_space(options: Options, need: float) -> None:
+    disk = os.statvfs(options.target)
     free = disk.f_bavail * disk.f_frsize
     if free - need < options.min_free_mib << 20:
-        text = f"this needs about {readable(need)} of the {readable(free)} that are free, and "
+        text = f"this needs about {mib(need)} of the {mib(free)} that are free, and "
         text += f"{options.min_free_mib} MiB must stay free (min_free_mib); make room"
-        raise BackupError(f"options.target: {target}: {text}")
+        raise BackupError(f"options.target: {options.target}: {text}")
 
 
 def estimate(name: str, total: int) -> float:
@@ -352,25 +327,25 @@ def estimate(name: str, total: int) -> float:
     return 1.1 * total * (min(1.0, packed / raw) if raw else 1.0)
 
 
-def sample(path: str, at: int) -> bytes:
+def sample(path: str, at: int, size: int = 1 << 16) -> bytes:
     try:
         with opened(path) as file:
-            return os.pread(file.fileno(), 1 << 16, at)
+            return os.pread(file.fileno(), size, at)
     except OSError:  # is said when its turn comes
         return b""
-
-
-def listed(name: str, first: int = 0) -> Iterator[tuple[str, int]]:
-    with open(name, encoding="ascii") as file:
-        for line in itertools.islice(file, first, None):
-            path, size = json.loads(line)
-            yield path, size
 
 
 # --- what there is to pack
 
 
-def everything(options: Options, problems: list[str]) -> Iterator[tuple[str, int]]:
+def listed(name: str, begin: int = 0) -> Iterator[tuple[str, int]]:
+    with open(name, encoding="ascii") as file:
+        for line in itertools.islice(file, begin, None):
+            path, size = json.loads(line)
+            yield path, size
+
+
+def everything(options: Options, complain: Complain) -> Iterator[tuple[str, int]]:
     """Yield each path to pack and its size, in an order that is always the same."""
     roots = sorted({os.path.realpath(path) for path in options.paths})
     excluded = exclusion(options.exclude)
@@ -378,16 +353,16 @@ def everything(options: Options, problems: list[str]) -> Iterator[tuple[str, int
     for root in roots:
         if any(root != other and lies_in(root, other) for other in roots):
             continue
-        found = False
-        for path, status in walk(root, lambda path: path == target or excluded(path), problems):
-            found = found or not stat.S_ISDIR(status.st_mode)
+        files = 0
+        for path, status in walk(root, lambda path: path == target or excluded(path), complain):
+            files += not stat.S_ISDIR(status.st_mode)
             yield path, status.st_size if stat.S_ISREG(status.st_mode) else 0
-        if not found:
-            problems.append(f"{shown(root)}: is not there, or holds no file; is its disk mounted?")
+        if not files:
+            complain(root, "is not there, or holds no file; is its disk mounted?")
 
 
 def walk(
-    root: str, excluded: Callable[[str], object], problems: list[str]
+    root: str, excluded: Callable[[str], object], complain: Complain
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Yield a path and all below it; a folder before what is in it, links not followed."""
     paths = [root]
@@ -401,15 +376,16 @@ def walk(
                 paths += [path for path in inside if not excluded(path)]
         except OSError as error:
             if not isinstance(error, FileNotFoundError):  # gone meanwhile
-                problems.append(f"{shown(path)}: {error.strerror}")
+                complain(path, str(error.strerror))
 
 
 def exclusion(patterns: Iterable[str]) -> Callable[[str], object]:
     """Return what tells an excluded path: patterns with a slash are whole paths, others names."""
-    alternatives = [
-        ("" if "/" in pattern else "(?s:.*/)") + fnmatch.translate(pattern.rstrip("/"))
-        for pattern in patterns
-    ]
+    alternatives = []
+    for pattern in patterns:
+        folder, name = os.path.split(pattern.rstrip("/"))
+        whole = os.path.join(os.path.realpath(folder), name)  # as the paths are: without links
+        alternatives.append(fnmatch.translate(whole if folder else f"*/{name}"))
     return re.compile("|".join(alternatives) or r"(?!)").match
 
 
@@ -421,302 +397,203 @@ def pack(task: Any, cursor: Cursor, options: Options) -> Cursor:
     if cursor.packed == cursor.files:
         return cursor
     with contextlib.closing(Packer(task, cursor, options)) as packer:
-        for path, _ in task.each(listed(os.path.join(cursor.folder, "list"), cursor.packed)):
+        for path, _ in task.each(listed(cursor.path("list"), cursor.packed)):
             packer.add(path)
         packer.end_part()
         return packer.cursor
 
 
 class Packer:
-    """Adds paths to the archive, and notes in its journal what each part of it holds."""
+    """Adds paths to the archive."""
 
     def __init__(self, task: Any, cursor: Cursor, options: Options) -> None:
         self.cursor, self._task, self._options = cursor, task, options
-        self._reserve = options.min_free_mib << 20
-        path = os.path.join(cursor.folder, "journal")
-        self._journal = open_at(path, cursor.journal, self._reserve)
-        self._known: dict[str, str] = {}  # by what later files must know of a member: its name
-        for _, _, entries in journal(path):
-            self._know(entries)
+        self._names: dict[Any, str] = {}  # the first one that was packed of files with several
         self._begin_part()
 
     def close(self) -> None:
-        if self._archive is not None:
-            self._archive.abandon()
-        self._journal.close()
-
-    def _know(self, entries: Iterable[Entry]) -> None:
-        self._known.update((key, name) for name, _, _, _, key in entries if key)
+        with contextlib.suppress(BackupError, ValueError):  # what was not ended does not count
+            self._archive.close(last=False)
 
     def _begin_part(self) -> None:
-        path = os.path.join(self.cursor.folder, "archive")
-        kind = FORMATS[self._options.format]
-        self._archive: TarGz | Zip | None = kind(path, self.cursor.size, self._reserve)
-        self._entries: list[Entry] = []
-        self._end = time.monotonic() + PART_SECONDS
+        reserve = self._options.min_free_mib << 20
+        file = open_at(self.cursor.path("packed"), self.cursor.size, reserve)
+        self._archive = FORMATS[self._options.format](file)
+        self._members, self._end = 0, time.monotonic() + PART_SECONDS
 
     def end_part(self) -> None:
         last = self.cursor.packed == self.cursor.files
         size = self._archive.close(last=last)
-        self._archive = None
-        if self._entries or last:
-            self._note(size)
+        if self._members or last:
+            self.cursor.size = size
+            self.cursor.members += self._members
+            self._task.add_volume(self._members)
         save(self._task, self.cursor)
 
-    def _note(self, size: int) -> None:
-        text = json.dumps([self.cursor.size, size, self._entries])
-        self._journal.write(text.encode() + b"\n")
-        sync(self._journal)
-        self.cursor = self.cursor._replace(size=size, journal=self._journal.tell())
-        self._count(parts=1)
-        self._task.add_volume(len(self._entries))
-
     def add(self, path: str) -> None:
-        self._entries += self._add(path)
-        self._count(packed=1)
+        try:
+            self._add(path)
+        except (FileNotFoundError, NotADirectoryError):
+            print(f"{shown(path)}: is gone meanwhile")
+        except UnicodeEncodeError:
+            self.cursor.complain(
+                path, 'its name is not UTF-8, which only format = "tar.gz" can hold'
+            )
+        except OSError as error:
+            self.cursor.complain(path, str(error.strerror))
+        self.cursor.packed += 1
         if self.cursor.packed % 100 == 0:
             self._task.progress(self.cursor.packed, self.cursor.files)
-        full = time.monotonic() > self._end or len(self._entries) >= PART_FILES
-        if full and self.cursor.packed < self.cursor.files:
+        if time.monotonic() > self._end and self.cursor.packed < self.cursor.files:
             self.end_part()
             self._begin_part()
 
-    def _count(self, **more: int) -> None:
-        have = self.cursor._asdict()
-        self.cursor = self.cursor._replace(**{key: have[key] + more[key] for key in more})
-
-    def _add(self, path: str) -> list[Entry]:
-        """Add one path; return what was added."""
-        entry = None
-        try:
-            entry = self._added(path, os.lstat(path))
-        except FileNotFoundError:
-            print(f"{shown(path)}: is gone meanwhile")
-        except OSError as error:
-            self._complain(path, str(error.strerror))
-        if entry is not None:
-            self._know([entry])
-        return [] if entry is None else [entry]
-
-    def _complain(self, path: str, what: str) -> None:
-        text = f"{shown(path)}: {what}"
-        print(text)
-        self._count(problems=1)
-        self.cursor = self.cursor._replace(problem=text[-500:])
-
-    def _added(self, path: str, status: os.stat_result) -> Entry | None:
+    def _add(self, path: str) -> None:
+        folder = os.path.dirname(path)
+        if os.path.realpath(folder) != folder:  # what lies behind a link was not asked for
+            raise FileNotFoundError
+        status = os.lstat(path)
         kind = stat.S_IFMT(status.st_mode)
-        member = member_of(path, status)
-        if not self._archive.can_hold(member.name):
-            self._complain(path, 'its name is not UTF-8, which only format = "tar.gz" can hold')
-        elif kind == stat.S_IFREG:
-            return None if self._is_in_a_copy(path) else self._added_file(path)
-        elif kind == stat.S_IFDIR:
-            return self._stored(member)
-        elif kind == stat.S_IFLNK:
-            member.linkname = os.readlink(path)
-            return self._stored(member)
+        if kind == stat.S_IFREG:
+            self._add_file(path)
+        elif kind in KINDS:
+            member = member_of(path, status)
+            member.linkname = os.readlink(path) if member.issym() else ""
+            self._store(member)
         else:
-            print(f"{shown(path)}: left out, {SPECIAL.get(kind, 'a device')}")
-        return None
+            print(f"{shown(path)}: left out, it is a socket, a pipe or a device")
 
-    def _is_in_a_copy(self, path: str) -> bool:
-        found = BESIDE_DATABASE.fullmatch(path)
-        return found is not None and f"database {found[1]}" in self._known
+    def _add_file(self, path: str) -> None:
+        beside = BESIDE_DATABASE.fullmatch(path)
+        if is_database(path):
+            self._add_database(path)
+        elif not (beside and is_database(beside[1])):  # else it was packed with that
+            self._add_content(path, path)
 
-    def _added_file(self, path: str) -> Entry:
-        with opened(path) as file:
-            if os.pread(file.fileno(), len(DATABASE), 0) == DATABASE and self._copied(path):
-                return self._added_copy(path, os.fstat(file.fileno()))
-            content = Content(file)
-            key = link_key(content.status) if self._archive.has_links else ""
-            member = member_of(path, content.status, content.size)
-            if key in self._known:
-                member.type, member.size, member.linkname = tarfile.LNKTYPE, 0, self._known[key]
-                return self._stored(member)
-            entry = self._stored(member, content)
-            sound = self._look_at(path, content)
-            return (*entry[:4], key if sound else "")
-
-    def _look_at(self, path: str, content: Content) -> bool:
-        """Tell whether a file was read as it is."""
-        if content.error:
-            self._complain(path, f"{content.error}; in the archive it ends with zeros")
-        elif content.changed:
-            print(f"{shown(path)}: changed while it was read")
-            self._count(changed=1)
-        return not (content.error or content.changed)
-
-    def _copied(self, path: str) -> bool:
-        """Copy a database to a place of ours; False if only its bare file can be had."""
-        copy = os.path.join(self.cursor.folder, "copy")
-        require_space(self._options.target, os.path.getsize(path), self._options)
+    def _add_database(self, path: str) -> None:
+        folder = self.cursor.path("copy")
+        copy = os.path.join(folder, "database")
+        require_space(self._options, os.path.getsize(path))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.mkdir(folder, 0o700)
         try:
-            found = copy_database(path, copy)
+            damage = copy_database(path, copy)
         except sqlite3.Error as error:
-            self._complain(path, f"SQLite cannot copy it ({error}); its bare file is packed")
-            return False
-        if found:
-            self._complain(path, f"the database is damaged: {found}")
-        return True
+            shutil.rmtree(folder)  # what follows may need its room
+            self.cursor.complain(path, f"SQLite cannot copy it ({error}); its bare file is packed")
+            for name in filter(os.path.lexists, (path, f"{path}-wal", f"{path}-journal")):
+                self._add_content(name, name)
+            return
+        if damage:
+            self.cursor.complain(path, f"the database is damaged: {damage}")
+        self._add_content(path, copy)
+        shutil.rmtree(folder)
 
-    def _added_copy(self, path: str, status: os.stat_result) -> Entry:
-        copy = os.path.join(self.cursor.folder, "copy")
-        with opened(copy) as file:
+    def _add_content(self, path: str, source: str) -> None:
+        with opened(source) as file:
             content = Content(file)
-            entry = self._stored(member_of(path, status, content.size), content)
-        os.unlink(copy)
-        return (*entry[:4], f"database {path}")
+            member = member_of(path, os.lstat(path), content.size)
+            several = self._archive.has_links and content.before.st_nlink > 1
+            key = version(content.before) if several else None
+            if key in self._names:
+                member.type, member.size, member.linkname = tarfile.LNKTYPE, 0, self._names[key]
+            self._store(member, content)
+            changed = version(os.fstat(file.fileno())) != version(content.before)
+        if content.error:
+            self.cursor.complain(path, f"{content.error}; in the archive it ends with zeros")
+        elif changed:
+            print(f"{shown(path)}: changed while it was read")
+            self.cursor.changed += 1
+        elif key:
+            self._names.setdefault(key, member.name)
 
-    def _stored(self, member: tarfile.TarInfo, content: Content | None = None) -> Entry:
+    def _store(self, member: tarfile.TarInfo, content: Content | None = None) -> None:
         self._archive.add(member, content)
-        return (*described(member, content.digest() if content else ""), "")
-
-
-def described(member: tarfile.TarInfo, digest: str) -> Entry:
-    """Return what must be equal when a member is read back."""
-    return (member.name, member.type.decode(), member.size, digest or member.linkname)
+        self._members += 1
 
 
 def member_of(path: str, status: os.stat_result, size: int = 0) -> tarfile.TarInfo:
-    types = {stat.S_IFDIR: tarfile.DIRTYPE, stat.S_IFLNK: tarfile.SYMTYPE}
     member = tarfile.TarInfo(path.lstrip("/"))
-    member.type = types.get(stat.S_IFMT(status.st_mode), tarfile.REGTYPE)
+    member.type = KINDS.get(stat.S_IFMT(status.st_mode), tarfile.FIFOTYPE)
     member.mode, member.mtime = stat.S_IMODE(status.st_mode), int(status.st_mtime)
     member.uid, member.gid, member.size = status.st_uid, status.st_gid, size
-    member.uname, member.gname = user_name(status.st_uid), group_name(status.st_gid)
+    member.uname = name_of(pwd.getpwuid, status.st_uid)
+    member.gname = name_of(grp.getgrgid, status.st_gid)
     return member
 
 
 @functools.cache
-def user_name(uid: int) -> str:
+def name_of(look_up: Callable[[int], Any], number: int) -> str:
     try:
-        return pwd.getpwuid(uid).pw_name
+        return str(look_up(number)[0])
     except KeyError:
         return ""
 
 
-@functools.cache
-def group_name(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return ""
-
-
-def link_key(status: os.stat_result) -> str:
-    """Return what all names of a file have in common, while nobody changes it."""
-    if status.st_nlink == 1:
-        return ""
-    return " ".join(map(str, (status.st_dev, status.st_ino, *version(status), status.st_ctime_ns)))
-
-
-def version(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-def opened(path: str) -> BinaryIO:
+def opened(path: str) -> IO[bytes]:
     """Open a plain file; should somebody have put a pipe or a link there, neither waits."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     file = open(fd, "rb")  # noqa: SIM115 - the caller closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         file.close()
         raise OSError(0, "is no plain file any more")
     return file
 
 
+def is_database(path: str) -> bool:
+    return sample(path, 0, len(DATABASE)) == DATABASE
+
+
 class Content:
     """The bytes of a file: as many as it had when it was opened, whatever happens to it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._fd, self._file = file.fileno(), file
-        self.status = os.fstat(self._fd)
-        if self.status.st_size <= SMALL_BYTES:
-            self._take()
-        self.size = self._left = self.status.st_size
-        self._digest, self.error = hashlib.sha256(), ""
-
-    def _take(self) -> None:
-        """Read a small file at once, again if somebody wrote to it meanwhile."""
-        for _ in range(3):
-            self.status = os.fstat(self._fd)
-            content = os.pread(self._fd, self.status.st_size, 0)
-            if not self.changed and len(content) == self.status.st_size:
-                break
-        self._file = io.BytesIO(content)
-
-    @property
-    def changed(self) -> bool:
-        return version(os.fstat(self._fd)) != version(self.status)
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.before = file, os.fstat(file.fileno())
+        self.size = self._left = self.before.st_size
+        self.error = ""
 
     def read(self, size: int = -1) -> bytes:
         """Return what is wanted, zeros in place of what is missing: its size is told already."""
         wanted = self._left if size < 0 else min(size, self._left)
-        content = b"" if self.error else self._read(wanted)
-        content = content.ljust(wanted, b"\0")
-        self._left -= wanted
-        self._digest.update(content)
-        return content
-
-    def _read(self, size: int) -> bytes:
         try:
-            return self._file.read(size)
+            content = b"" if self.error else self._file.read(wanted)
         except OSError as error:
-            self.error = str(error.strerror)
-            return b""
+            self.error, content = str(error.strerror), b""
+        self._left -= wanted
+        return content.ljust(wanted, b"\0")
 
-    def digest(self) -> str:
-        return self._digest.hexdigest()
+
+def version(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # --- SQLite
 
 
-class RestartedError(Exception):
-    """Others write so often that copying in steps begins again and again."""
-
-
 def copy_database(path: str, copy: str) -> str:
     """Copy a database while others use it; return what is wrong with it, if anything.
 
-    First in steps, between which others can write. If they do, it begins again; after some times
+    First in steps, between which others can write. If they do, it begins again; after some time
     it is copied in one step. With a write-ahead log nobody has to wait for that one either."""
-    try:
+    with contextlib.suppress(TimeoutError):
         return copied(path, copy, PAGES)
-    except RestartedError:
-        return copied(path, copy, -1)
+    return copied(path, copy, -1)
 
 
 def copied(path: str, copy: str, pages: int) -> str:
-    for name in (copy, f"{copy}-wal", f"{copy}-shm", f"{copy}-journal"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+    end = time.monotonic() + COPY_SECONDS
+
+    def watch(status: int, _remaining: int, _total: int) -> None:
+        if time.monotonic() > end and status & 0xFF in (5, 6):  # SQLITE_BUSY and SQLITE_LOCKED
+            raise sqlite3.OperationalError(f"locked for {COPY_SECONDS:.0f} s")
+        if time.monotonic() > end and pages > 0:
+            raise TimeoutError
+
     uri = f"file:{quote(os.fsencode(path))}?mode=rw"
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(
-            contextlib.closing(sqlite3.connect(uri, timeout=1.0, uri=True))
-        )
-        target = stack.enter_context(contextlib.closing(sqlite3.connect(copy)))
-        source.backup(target, pages=pages, progress=patience(pages))
+    with contextlib.closing(sqlite3.connect(copy)) as target:
+        with contextlib.closing(sqlite3.connect(uri, timeout=1.0, uri=True)) as source:
+            source.backup(target, pages=pages, progress=watch)
         return damage(target)
-
-
-def patience(pages: int) -> Callable[[int, int, int], None]:
-    """Return what watches a copy, and raises if it gets nowhere."""
-    end, least, restarts = time.monotonic() + LOCKED_SECONDS, 1 << 62, 0
-
-    def watch(status: int, remaining: int, _total: int) -> None:
-        nonlocal end, least, restarts
-        if status & 0xFF in (5, 6):  # SQLITE_BUSY and SQLITE_LOCKED have names only since 3.11
-            if time.monotonic() > end:
-                raise sqlite3.OperationalError(f"locked for {LOCKED_SECONDS:.0f} s")
-            return
-        restarts += remaining > least
-        end, least = time.monotonic() + LOCKED_SECONDS, remaining
-        if restarts > MOST_RESTARTS and pages > 0:
-            raise RestartedError
-
-    return watch
 
 
 def damage(database: sqlite3.Connection) -> str:
@@ -737,35 +614,35 @@ def damage(database: sqlite3.Connection) -> str:
 class Output(io.FileIO):
     """A file that raises BackupError if it cannot be written: any other error is of the source."""
 
-    reserve, failed = 0, False
+    reserve = 0
 
     def write(self, data: Any) -> int:
-        if self.failed:  # what is left in the buffers of others need not be said once more
-            return len(data)
         try:
             disk = os.fstatvfs(self.fileno())
             if disk.f_bavail * disk.f_frsize < self.reserve:
                 raise OSError(errno.ENOSPC, "the disk is full but for min_free_mib")
             return super().write(data) or 0
         except OSError as error:
-            self.failed = True
             folder = os.path.dirname(os.path.dirname(os.fsdecode(self.name)))
-            raise BackupError(refusal(folder, error)) from None
+            raise BackupError(f"{folder}: {error.strerror}") from None
 
 
 def open_at(path: str, size: int, reserve: int) -> io.BufferedRandom:
     """Open a file of ours behind its first ``size`` bytes, and cut off what follows."""
     output = Output(path, "r+", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o600))
     output.reserve = reserve
+    output.truncate(size)
     file = io.BufferedRandom(output, CHUNK)
-    file.truncate(size)
     file.seek(size)
     return file
 
 
-def sync(file: io.BufferedRandom) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def ended(file: io.BufferedRandom) -> int:
+    """Put a file onto the disk, close it, and return its size."""
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
+        return file.seek(0, os.SEEK_END)
 
 
 class TarGz:
@@ -773,58 +650,37 @@ class TarGz:
 
     has_links = True
 
-    def __init__(self, path: str, size: int, reserve: int) -> None:
-        self._file = open_at(path, size, reserve)
-        self._gzip = gzip.GzipFile("", "wb", 6, self._file, 0)
+    def __init__(self, file: io.BufferedRandom) -> None:
+        self._file = file
+        self._gzip = gzip.GzipFile("", "wb", 6, file, 0)
         self._tar = tarfile.TarFile(
             mode="w", fileobj=self._gzip, format=tarfile.PAX_FORMAT, encoding="utf-8"
         )
-        self._tar.copybufsize = CHUNK
-
-    def can_hold(self, _name: str) -> bool:
-        return True
+        self._tar.copybufsize = CHUNK  # type: ignore[attr-defined]
 
     def add(self, member: tarfile.TarInfo, content: Content | None) -> None:
-        self._tar.addfile(member, content)
-        self._tar.members.clear()  # else a million files would fill the memory
+        self._tar.addfile(member, content if member.isreg() else None)
+        self._tar.members.clear()  # type: ignore[attr-defined] # a million files fill the memory
 
     def close(self, *, last: bool) -> int:
-        """Put the part onto the disk, and return the size up to its end."""
-        if last:
-            self._tar.close()  # writes the mark that ends a tar
-        self._gzip.close()
-        sync(self._file)
-        with self._file:
-            return self._file.tell()
-
-    def abandon(self) -> None:
-        self._file.raw.failed = True  # what is left in buffers is written nowhere
-        self._gzip.close()
-        self._file.close()
+        """End the part, and return the size up to there."""
+        with contextlib.closing(self._file), contextlib.closing(self._gzip):
+            if last:
+                self._tar.close()  # writes the mark that ends a tar
+            self._gzip.close()
+            return ended(self._file)
 
     @staticmethod
-    def members(path: str, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
-        with open(path, "rb") as file:
-            unpacked = gzip.GzipFile("", "rb", fileobj=Window(file, start, end))
-            with tarfile.open(fileobj=unpacked, mode="r|", encoding="utf-8") as tar:
-                while (member := tar.next()) is not None:
-                    yield member, tar.extractfile(member) if member.isreg() else io.BytesIO()
-                    tar.members.clear()
-            while unpacked.read(CHUNK):  # its checksum stands at its end
+    def members(path: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+        with (
+            gzip.open(path) as file,
+            tarfile.open(fileobj=file, mode="r|", encoding="utf-8") as tar,
+        ):
+            while (member := tar.next()) is not None:
+                yield member, (member.isreg() and tar.extractfile(member)) or EMPTY
+                tar.members.clear()  # type: ignore[attr-defined]
+            while file.read(CHUNK):  # its checksum stands at its end
                 pass
-
-
-class Window:
-    """Some bytes of a file, as if there were no others."""
-
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
-        file.seek(start)
-        self._file, self._left = file, end - start
-
-    def read(self, size: int) -> bytes:
-        found = self._file.read(min(size, self._left))
-        self._left -= len(found)
-        return found
 
 
 class Zip:
@@ -832,16 +688,11 @@ class Zip:
 
     has_links = False
 
-    def __init__(self, path: str, size: int, reserve: int) -> None:
-        self._file = open_at(path, size, reserve)
-        self._zip = zipfile.ZipFile(self._file, "a", zipfile.ZIP_DEFLATED)
+    def __init__(self, file: io.BufferedRandom) -> None:
+        self._file = file
+        size = file.tell()
+        self._zip = zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED)
         self._zip.start_dir = size  # the directory that is there stays, in case of a kill
-
-    def can_hold(self, name: str) -> bool:
-        try:
-            return bool(name.encode())
-        except UnicodeEncodeError:
-            return False
 
     def add(self, member: tarfile.TarInfo, content: Content | None) -> None:
         source = content or io.BytesIO(os.fsencode(member.linkname))
@@ -849,42 +700,33 @@ class Zip:
             shutil.copyfileobj(source, file, CHUNK)
 
     def close(self, *, last: bool) -> int:  # noqa: ARG002 - each end is as good as the last
-        """Put the part onto the disk, and return the size up to its end."""
-        self._zip.close()
-        sync(self._file)
-        with self._file:
-            return self._file.seek(0, os.SEEK_END)
-
-    def abandon(self) -> None:
-        self._file.raw.failed = True  # what is left in buffers is written nowhere
-        self._zip.fp = None
-        self._file.close()
+        """End the part, and return the size up to there."""
+        with contextlib.closing(self._file):
+            self._zip.close()
+            return ended(self._file)
 
     @staticmethod
-    def members(path: str, start: int, end: int) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
+    def members(path: str) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                if start <= info.header_offset < end:
-                    with archive.open(info) as content:
-                        yield tar_info(info, content), content
+                with archive.open(info) as content:
+                    yield tar_info(info, content), content
 
 
 def zip_info(member: tarfile.TarInfo) -> zipfile.ZipInfo:
-    made = time.localtime(member.mtime)[:6]
-    made = min(max(made, (1980, 1, 1, 0, 0, 0)), (2107, 12, 31, 23, 59, 59))
+    made = time.localtime(min(max(member.mtime, 315619200), 4354732800))[:6]  # 1980 to 2107
     info = zipfile.ZipInfo(member.name + "/" * member.isdir(), made)
-    kinds = {tarfile.DIRTYPE: stat.S_IFDIR, tarfile.SYMTYPE: stat.S_IFLNK}
-    info.external_attr = (kinds.get(member.type, stat.S_IFREG) | member.mode) << 16
+    kind = next(kind for kind, type_ in KINDS.items() if type_ == member.type)
+    info.external_attr = (kind | member.mode) << 16
     info.external_attr |= 0x10 * member.isdir()  # what MS-DOS calls a folder
     info.compress_type, info.file_size = zipfile.ZIP_DEFLATED, member.size
     return info
 
 
-def tar_info(info: zipfile.ZipInfo, content: BinaryIO) -> tarfile.TarInfo:
+def tar_info(info: zipfile.ZipInfo, content: IO[bytes]) -> tarfile.TarInfo:
     mode = info.external_attr >> 16
-    types = {stat.S_IFDIR: tarfile.DIRTYPE, stat.S_IFLNK: tarfile.SYMTYPE}
     member = tarfile.TarInfo(info.filename.rstrip("/"))
-    member.type = types.get(stat.S_IFMT(mode), tarfile.REGTYPE)
+    member.type = KINDS.get(stat.S_IFMT(mode), tarfile.REGTYPE)
     member.mode, member.mtime = stat.S_IMODE(mode), int(time.mktime((*info.date_time, 0, 0, -1)))
     if member.issym():
         member.linkname = os.fsdecode(content.read())
@@ -898,62 +740,31 @@ FORMATS: dict[str, type[TarGz | Zip]] = {"tar.gz": TarGz, "zip": Zip}
 # --- verify, and give the archive its name
 
 
-def journal(path: str) -> Iterator[tuple[int, int, list[Entry]]]:
-    with open(path, encoding="ascii") as file:
-        for line in file:
-            start, end, entries = json.loads(line)
-            yield start, end, [tuple(entry) for entry in entries]
-
-
-def verify(task: Any, cursor: Cursor, kind: type[TarGz | Zip]) -> Cursor:
-    """Read the archive back, and compare each member with what was packed."""
-    parts = journal(os.path.join(cursor.folder, "journal"))
-    for start, end, entries in task.each(itertools.islice(parts, cursor.checked, None)):
-        found = read_back(kind, os.path.join(cursor.folder, "archive"), start, end)
-        if found != [entry[:4] for entry in entries]:
-            raise BackupError(f"{cursor.archive}: reads back differently; is the disk sound?")
-        cursor = save(task, cursor._replace(checked=cursor.checked + 1))
-    return cursor
-
-
-def read_back(kind: type[TarGz | Zip], path: str, start: int, end: int) -> list[Entry]:
-    forget_cached(path)
-    found = []
+def verify(cursor: Cursor, kind: type[TarGz | Zip]) -> None:
+    """Read the archive back from the disk; what it holds stands beside its checksums."""
+    path, found = cursor.path("packed"), 0
     try:
-        for member, content in kind.members(path, start, end):
-            found.append(described(member, digest(content) if member.isreg() else ""))
+        with open(path, "rb") as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for _, content in kind.members(path):
+            found += 1
+            while content.read(CHUNK):
+                pass
     except Exception as error:
         raise BackupError(f"{path}: cannot be read back ({error}); is the disk sound?") from error
-    return found
+    if found != cursor.members:
+        raise BackupError(f"{path}: has {found} of {cursor.members} members; is the disk sound?")
 
 
-def forget_cached(path: str) -> None:
-    """Let what is read come from the disk, where the system knows how."""
-    if hasattr(os, "posix_fadvise"):
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def digest(content: BinaryIO) -> str:
-    found = hashlib.sha256()
-    while data := content.read(CHUNK):
-        found.update(data)
-    return found.hexdigest()
-
-
-def publish(cursor: Cursor, options: Options) -> str:
-    """Give an archive that is whole its name, and return that."""
-    unfinished = os.path.join(cursor.folder, "archive")
-    archive = f"{cursor.archive}{'.incomplete' * bool(cursor.problems)}.{options.format}"
-    if os.path.getsize(unfinished) != cursor.size:
-        raise BackupError(f"{unfinished}: somebody else has changed it")
-    os.rename(unfinished, os.path.join(options.target, archive))
+def publish(cursor: Cursor, options: Options) -> None:
+    """Give an archive that is whole its name."""
+    os.rename(cursor.path("packed"), os.path.join(options.target, cursor.published(options.format)))
     fd = os.open(options.target, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-    return archive
 
 
 # --- rotate
@@ -977,7 +788,9 @@ PERIODS = (
 
 def rotate(name: str, archive: str, options: Options) -> int:
     """Remove what need not be kept, but never the archive just made; return how many."""
+    (newest,) = archives_of(name, [archive])
     archives = archives_of(name, os.listdir(options.target))
+    archives = [found for found in archives if found.made <= newest.made]  # or the clock went wrong
     stay = {archive, *(kept.file for kept in to_keep(archives, options))}
     old = [found.file for found in archives if found.file not in stay]
     for file in old:
@@ -1018,42 +831,56 @@ def to_keep(archives: list[Archive], options: Options) -> set[Archive]:
 # --- restore
 
 
+FATAL = (None, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 def restore(archive: str, folder: str) -> int:
     """Unpack into a new folder; return how many members were left out."""
     if not hasattr(tarfile, "data_filter"):
         raise BackupError("this Python cannot restore safely; update it: at least to 3.9.17")
     kinds = [kind for suffix, kind in FORMATS.items() if archive.endswith(f".{suffix}")]
     if not kinds:
-        raise BackupError(f"{archive}: is no archive, by its name; .tar.gz and .zip can be read")
-    size = os.path.getsize(archive)
+        raise BackupError("is no archive, by its name; .tar.gz and .zip can be read")
     os.mkdir(folder, 0o700)
     left_out = 0
-    for member, content in kinds[0].members(archive, 0, size):
+    for member, content in kinds[0].members(archive):
         try:
             unpack(member, content, folder)
-        except tarfile.FilterError as error:
-            link = f" -> {shown(member.linkname)}" if member.issym() else ""
-            print(f"left out: {shown(member.name)}{link} ({type(error).__name__})", file=sys.stderr)
+        except (tarfile.FilterError, OSError) as error:
+            if getattr(error, "errno", 0) in FATAL:
+                raise
+            reason = getattr(error, "strerror", type(error).__name__)
+            link = f" -> {shown(member.linkname)}" if member.linkname else ""
+            print(f"left out: {shown(member.name)}{link} ({reason})", file=sys.stderr)
             left_out += 1
     return left_out
 
 
-def unpack(member: tarfile.TarInfo, content: BinaryIO, folder: str) -> None:
+def unpack(member: tarfile.TarInfo, content: IO[bytes], folder: str) -> None:
     """Put one member into the folder; the filter raises if it, or what it links to, is outside."""
     safe = tarfile.data_filter(member, folder)
     path = os.path.join(folder, safe.name)
+    refuse_links(folder, safe.name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if safe.isdir():
         os.makedirs(path, exist_ok=True)
     elif safe.issym():
         os.symlink(safe.linkname, path)
     elif safe.islnk():
+        refuse_links(folder, safe.linkname)
         os.link(os.path.join(folder, safe.linkname), path, follow_symlinks=False)
     else:
         with open(path, "xb") as file:  # never through a link that is there
             shutil.copyfileobj(content, file, CHUNK)
         os.chmod(path, safe.mode or 0o600)
         os.utime(path, (safe.mtime, safe.mtime))
+
+
+def refuse_links(folder: str, name: str) -> None:
+    """A backup has nothing behind a link. So no link, whatever the filter says of it, leads out."""
+    while name := os.path.dirname(name):
+        if os.path.islink(os.path.join(folder, name)):
+            raise OSError(errno.ENOTDIR, "lies behind a link")
 
 
 def main(words: list[str]) -> int:
@@ -1063,14 +890,7 @@ def main(words: list[str]) -> int:
     os.umask(0o077)
     try:
         left_out = restore(*words[1:])
-    except (
-        OSError,
-        EOFError,
-        BackupError,
-        zlib.error,
-        tarfile.TarError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # noqa: BLE001 - a damaged archive may raise anything
         print(f"{words[1]}: {error}", file=sys.stderr)
         return 1
     print(f"{words[2]}: restored, {left_out} left out")

@@ -26,9 +26,12 @@ set -u
 umask 077
 LC_ALL=C
 export LC_ALL
-server=$BGTASKS_OPTION_SERVER
-defaults=$BGTASKS_OPTION_DEFAULTS_FILE
-target=$BGTASKS_OPTION_TARGET
+server=${BGTASKS_OPTION_SERVER-mysql} # a .toml may leave options out
+databases=${BGTASKS_OPTION_DATABASES-}
+defaults=${BGTASKS_OPTION_DEFAULTS_FILE-}
+target=${BGTASKS_OPTION_TARGET-}
+keep=${BGTASKS_OPTION_KEEP-7}
+min_free_mib=${BGTASKS_OPTION_MIN_FREE_MIB-1024}
 part=$target/.$BGTASKS_TASK.part
 
 refuse() {
@@ -78,6 +81,15 @@ need_folder() {
     [ -w "$1" ] || refuse "options.target: $1 cannot be written to"
 }
 
+# Another installation would write to the same files, and remove our dumps.
+need_own_target() {
+    owner=$BGTASKS_NODE:$BGTASKS_STATE_DIR
+    mark=$target/.$BGTASKS_TASK.owner
+    [ -s "$mark" ] || echo "$owner" >"$mark" || refuse "options.target: $target cannot be written to"
+    [ "$(cat "$mark")" = "$owner" ] ||
+        refuse "$mark: is of $(cat "$mark"); give each installation a target of its own, or remove this file"
+}
+
 # Print the first of these programs that there is.
 program() {
     for name; do
@@ -90,8 +102,9 @@ program() {
 
 # Print a dump of a database. A server that does not answer is an error, not a question.
 dump_mysql() {
+    # shellcheck disable=SC2086 # an option or none
     "$dumper" --defaults-file="$defaults" --single-transaction --quick --routines --events \
-        --triggers --hex-blob --no-tablespaces --default-character-set=utf8mb4 -- "$1"
+        --triggers --hex-blob --no-tablespaces --default-character-set=utf8mb4 $only_mysql -- "$1"
 }
 
 dump_postgresql() {
@@ -106,9 +119,9 @@ free_kib() {
 # Dump a database into $part. Of a pipe sh tells only how its last program ended, so that is written
 # down for each. The limit keeps a dump from filling the disk.
 dump() {
-    room=$(($(free_kib) - BGTASKS_OPTION_MIN_FREE_MIB * 1024))
+    room=$(($(free_kib) - min_free_mib * 1024))
     if [ "$room" -le 0 ]; then
-        echo "$1: less than $BGTASKS_OPTION_MIN_FREE_MIB MiB (min_free_mib) are free in $target" >&2
+        echo "$1: less than $min_free_mib MiB (min_free_mib) are free in $target" >&2
         return 1
     fi
     ended=$(
@@ -135,15 +148,15 @@ verify() {
 }
 
 publish() {
-    made=$target/$BGTASKS_TASK-$1-$(date -u +%Y%m%dT%H%M%SZ).sql.gz
+    made=$target/$BGTASKS_TASK.$1-$(date -u +%Y%m%dT%H%M%SZ).sql.gz
     sync -- "$part" 2>/dev/null || sync # some know no files
     mv -- "$part" "$made"
 }
 
 rotate() {
-    name=$target/$BGTASKS_TASK-$1
+    name=$target/$BGTASKS_TASK.$1
     set -- "$name"-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]T[0-9][0-9][0-9][0-9][0-9][0-9]Z.sql.gz
-    while [ $# -gt "$BGTASKS_OPTION_KEEP" ]; do
+    while [ $# -gt "$keep" ]; do
         [ "$1" = "$made" ] || rm -f -- "$1"
         shift
     done
@@ -162,22 +175,31 @@ left_over() {
     report 'state={}'
 }
 
-need_number keep "$BGTASKS_OPTION_KEEP"
-need_number min_free_mib "$BGTASKS_OPTION_MIN_FREE_MIB"
-[ "$BGTASKS_OPTION_KEEP" -gt 0 ] || refuse "options.keep: must be at least 1"
+need_number keep "$keep"
+need_number min_free_mib "$min_free_mib"
+[ "$keep" -gt 0 ] || refuse "options.keep: must be at least 1"
 set -f
 # shellcheck disable=SC2086 # a list
-need_names $BGTASKS_OPTION_DATABASES
+need_names $databases
 need_private_file "$defaults"
 need_folder "$target"
 case $server in
-    mysql | mariadb) kind=mysql dumper=$(program mariadb-dump mysqldump) || exit 1 ;;
+    mysql) kind=mysql dumper=$(program mysqldump mariadb-dump) || exit 1 ;;
+    mariadb) kind=mysql dumper=$(program mariadb-dump mysqldump) || exit 1 ;;
     postgresql) kind=postgresql dumper=$(program pg_dump) || exit 1 ;;
     *) refuse 'options.server: must be "mysql", "mariadb" or "postgresql"' ;;
 esac
+only_mysql=
+if [ "$server" = mysql ]; then
+    case $("$dumper" --version) in
+        *MariaDB*) ;;
+        *) only_mysql=--set-gtid-purged=OFF ;; # else only an empty server takes the dump
+    esac
+fi
+need_own_target
 left=$(left_over)
 # shellcheck disable=SC2086 # a list
-set -- ${left:-$BGTASKS_OPTION_DATABASES}
+set -- ${left:-$databases}
 set +f
 left=""
 

@@ -432,8 +432,8 @@ def a_user_of_too_few_rights_is_said_and_leaves_nothing(real, server):
     assert real.files() == []
 
 
-# each in an installation of its own, but with one server, which takes seconds to make; those that need
-# no real server to be seen are left to the full form
+# each in an installation of its own, but with one server, which takes seconds to make; what can be
+# seen without a real server is left to the full form
 STORY = [
     what_is_dumped_can_be_restored_as_the_page_says,
     a_dump_is_of_one_moment_while_others_write,

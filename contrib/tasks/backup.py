@@ -57,14 +57,15 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import IO, Any, Callable, NamedTuple
 from urllib.parse import quote
 
 PART_SECONDS = 60.0  # what a kill may cost
 LATE_SECONDS = 86400.0  # an archive that nobody worked at for so long is begun anew
-COPY_SECONDS = 60.0  # how long a database is copied in steps, and how long it may be locked
+STEPS_SECONDS = 60.0  # how long a database is copied in steps
+LOCKED_SECONDS = 60.0  # and how long it may be locked
 CHUNK = 1 << 18
 PAGES = 2000
 SAMPLES = 200
@@ -581,12 +582,13 @@ def copy_database(path: str, copy: str) -> str:
 
 
 def copied(path: str, copy: str, pages: int) -> str:
-    end = time.monotonic() + COPY_SECONDS
+    begin = time.monotonic()
 
     def watch(status: int, _remaining: int, _total: int) -> None:
-        if time.monotonic() > end and status & 0xFF in (5, 6):  # SQLITE_BUSY and SQLITE_LOCKED
-            raise sqlite3.OperationalError(f"locked for {COPY_SECONDS:.0f} s")
-        if time.monotonic() > end and pages > 0:
+        seconds, locked = time.monotonic() - begin, status & 0xFF in (5, 6)  # SQLITE_BUSY, _LOCKED
+        if locked and seconds > LOCKED_SECONDS:
+            raise sqlite3.OperationalError(f"locked for {LOCKED_SECONDS:.0f} s")
+        if pages > 0 and seconds > STEPS_SECONDS:
             raise TimeoutError
 
     uri = f"file:{quote(os.fsencode(path))}?mode=rw"
@@ -790,7 +792,10 @@ def rotate(name: str, archive: str, options: Options) -> int:
     """Remove what need not be kept, but never the archive just made; return how many."""
     (newest,) = archives_of(name, [archive])
     archives = archives_of(name, os.listdir(options.target))
-    archives = [found for found in archives if found.made <= newest.made]  # or the clock went wrong
+    future = newest.made + timedelta(
+        days=1
+    )  # then the clock went wrong, and nobody knows their age
+    archives = [found for found in archives if found.made < future]
     stay = {archive, *(kept.file for kept in to_keep(archives, options))}
     old = [found.file for found in archives if found.file not in stay]
     for file in old:

@@ -463,25 +463,25 @@ def test_a_real_server_is_dumped(kind, tmp_path):
 # -- whatever the dump program does
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "echo half; exit 0",
-        "echo half; exit 3",
-        f"{DUMP}; exit 3",
-        f"{DUMP}; kill -9 $$",
-        "exit 0",
-        "kill -9 $PPID",
-    ],
-)
-def test_only_a_whole_dump_is_kept(dumps, body):
+BROKEN = [
+    "echo half; exit 0",
+    "echo half; exit 3",
+    f"{DUMP}; exit 3",
+    f"{DUMP}; kill -9 $$",
+    "exit 0",
+    "kill -9 $PPID",
+]
+
+
+def test_only_a_whole_dump_is_kept(dumps):
     dumps.set(dumps.use_program(DUMP))
     assert dumps.outcome() == "done", dumps.log()
     before = dumps.files()
-    dumps.set(dumps.use_program(body))
-    assert dumps.outcome() == "failed"
-    assert re.search("shop: the dump (failed|is not complete)", dumps.log())
-    assert dumps.files() == before
+    for body in BROKEN:
+        dumps.set(dumps.use_program(body))
+        assert dumps.run()["outcome"] == "failed", body
+        assert re.search("shop: the dump (failed|is not complete)", dumps.log()), body
+        assert dumps.files() == before
 
 
 def test_only_the_last_ones_stay_and_only_of_this_database(dumps):
@@ -586,24 +586,28 @@ BAD = {
 
 @pytest.mark.parametrize("key", sorted(BAD))
 def test_a_bad_option_is_one_clear_line_and_nothing_is_done(tmp_path, key):
-    defaults, target, report = (tmp_path / name for name in ("my.cnf", "dumps", "report"))
-    defaults.write_text("[client]\n")
-    defaults.chmod(0o600)
-    target.mkdir()
-    options = bgtasks.read_raw(str(FILE))[0]["options"]
-    options.update(databases="shop", defaults_file=str(defaults), target=str(target))
-    env = {f"BGTASKS_OPTION_{name.upper()}": str(options[name]) for name in options}
-    env.update(
-        BGTASKS_TASK="x", BGTASKS_REPORT=str(report), BGTASKS_INPUT="/dev/null", BGTASKS_NODE="here"
-    )
-    env["BGTASKS_STATE_DIR"] = "/srv/state"
     for value in BAD[key]:
-        wrong = {**env, "PATH": os.environ["PATH"], f"BGTASKS_OPTION_{key.upper()}": value}
-        done = subprocess.run([FILE], env=wrong, capture_output=True, text=True, check=False)
-        assert done.returncode == 1, value
-        assert re.fullmatch(rf"options\.{key}: .+\n", done.stderr), value
-        assert os.listdir(target) == []
+        assert_refused(tmp_path, key, {key: value})
+
+
+def assert_refused(folder, key, wrong, mode=0o600):
+    """Start the script without a runner around it."""
+    defaults, target, report = (folder / name for name in ("my.cnf", "dumps", "report"))
+    defaults.write_text("[client]\n")
+    defaults.chmod(mode)
+    target.mkdir(exist_ok=True)
+    options = bgtasks.read_raw(str(FILE))[0]["options"]
+    options.update({"databases": "shop", "defaults_file": str(defaults), "target": str(target)})
+    options.update(wrong)
+    env = {f"BGTASKS_OPTION_{name.upper()}": str(options[name]) for name in options}
+    env.update(BGTASKS_TASK="x", BGTASKS_REPORT=str(report), BGTASKS_INPUT="/dev/null")
+    env.update(BGTASKS_NODE="here", BGTASKS_STATE_DIR="/srv/state", PATH=os.environ["PATH"])
+    done = subprocess.run([FILE], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, wrong
+    assert re.fullmatch(rf"options\.{key}: .+\n", done.stderr), wrong
+    assert os.listdir(target) == []
     assert not report.exists()
+    return done.stderr
 
 
 def test_a_copy_without_options_says_what_to_set(site):
@@ -612,12 +616,10 @@ def test_a_copy_without_options_says_what_to_set(site):
     assert "options.databases: is empty; name the databases" in site.log("backup_database")
 
 
-def test_a_defaults_file_that_others_can_read_is_refused(dumps):
+def test_a_defaults_file_that_others_can_read_is_refused(tmp_path):
     for mode in (0o640, 0o604, 0o666):
-        dumps.set(dumps.use_program(DUMP))
-        dumps.defaults.chmod(mode)
-        assert dumps.outcome() == "failed"
-        assert f"options.defaults_file: {dumps.defaults} can be read by others" in dumps.log()
+        said = assert_refused(tmp_path, "defaults_file", {}, mode)
+        assert "my.cnf can be read by others; chmod 600 it" in said
 
 
 def test_two_servers_lie_side_by_side(dumps):

@@ -183,7 +183,7 @@ def test_what_is_restored_is_what_was_there(saved, form):
     for name in ("plain", "-rf", "new\nline", "l" * 255, "ümläut", "back\\slash", "a b/c d"):
         saved.write(name, f"this is {name}")
     saved.write("empty", "")
-    saved.write("large", random.Random(1).randbytes(5 << 19))
+    saved.write("large", random.Random(1).randbytes(3 << 19))
     (saved.source / "no files").mkdir()
     (saved.source / "link").symlink_to("plain")
     (saved.source / "loop").symlink_to(".")
@@ -192,7 +192,7 @@ def test_what_is_restored_is_what_was_there(saved, form):
     os.utime(saved.source / "script", (1e9, 1e9))
     archive = saved.whole(format=form)
     assert archive.name.endswith(form)
-    assert re.search(r"Z\.\S+: 16 files and folders, 2\.\d MiB; 0 older removed", saved.said)
+    assert re.search(r"Z\.\S+: 16 files and folders, 1\.\d MiB; 0 older removed", saved.said)
     folder = saved.restored(archive)
     assert saved.restore.returncode == 0, saved.restore
     assert contents(folder) == contents(saved.source)
@@ -498,8 +498,9 @@ def somebody_who_cannot_read(saved):
         yield
         return
     saved.target.chmod(0o777)
-    for folder in [saved.folder, *list(saved.folder.parents)[:3]]:
-        folder.chmod(0o755)
+    for folder in [saved.folder, *saved.folder.parents]:
+        if folder == saved.folder or folder.name.startswith(("pytest-", "popen-")):  # never /tmp
+            folder.chmod(0o755)
     for name in ("ascii", "cp437"):
         codecs.lookup(name)  # somebody else may not read Python's own files
     (saved.folder / "live.report").touch()
@@ -579,7 +580,7 @@ def test_a_kill_at_any_step_loses_no_archive_and_leaves_no_broken_one(saved, for
     wanted = contents(saved.source)
     before = first.read_bytes()
     ended = False
-    for step in itertools.count(3, 2 if FULL else 19):
+    for step in itertools.count(3, 2 if FULL else 25):
         for state in ({}, None):  # one that begins, and one that goes on
             saved.state = json.loads((saved.folder / "state").read_text()) if state is None else {}
             pid = os.fork()

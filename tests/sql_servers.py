@@ -1,0 +1,158 @@
+"""Real database servers for tests, on Unix sockets in a folder of their own, without root's rights.
+
+Both keep their data unsafe and fast. Their folder goes with them.
+"""
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+PASSWORD = "opensesame7"
+PATHS = f"{os.environ.get('PATH', '')}:/usr/sbin"
+MARIADB = shutil.which("mariadbd", path=PATHS)
+POSTGRESQL = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
+
+
+def missing(kind):
+    """Return why there is no such server here, or nothing."""
+    if kind == "mysql" and not (MARIADB and shutil.which("mariadb-install-db", path=PATHS)):
+        return "needs MariaDB: apt-get install mariadb-server"
+    if kind == "postgresql" and not (POSTGRESQL and (POSTGRESQL / "initdb").exists()):
+        return "needs PostgreSQL: apt-get install postgresql"
+    return ""
+
+
+def rights():
+    """Return what lets a child run as somebody else than root, which both servers refuse."""
+    if os.geteuid():
+        return {}
+    user = pwd.getpwnam("nobody")
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+class Server:
+    """A server in a folder. It has the user `test`, and `locked`, who needs PASSWORD."""
+
+    def __init__(self, folder):
+        self.folder, self.data = folder, folder / "data"
+        self.process = None
+        if not os.geteuid():
+            os.chown(folder, rights()["user"], rights()["group"])
+
+    def install(self, *command):
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, cwd=self.folder, **rights()
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def start(self):
+        with open(self.folder / "said", "a") as said:
+            self.process = subprocess.Popen(
+                self.command(), stdout=said, stderr=said, cwd=self.folder, **rights()
+            )
+        end = time.monotonic() + 60
+        while self.ready not in self.said():  # a try to connect too early leaks a socket
+            assert self.process.poll() is None and time.monotonic() < end, self.said()
+            time.sleep(0.05)
+
+    def said(self):
+        return (self.folder / "said").read_text(errors="replace")
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        self.process.wait(60)
+
+
+class MariaDB(Server):
+    ready = "ready for connections"
+
+    @property
+    def socket(self):
+        return self.folder / "socket"
+
+    def url(self, name="test", user="test"):
+        return f"mysql://{user}@localhost/{name}?unix_socket={self.socket}"
+
+    def connect(self, name=None, user="root", **more):
+        import pymysql
+
+        return pymysql.connect(
+            unix_socket=str(self.socket), user=user, database=name, autocommit=True, **more
+        )
+
+    def command(self):
+        return [
+            *(MARIADB, "--no-defaults", f"--datadir={self.data}", f"--socket={self.socket}"),
+            *("--skip-networking", f"--pid-file={self.folder}/pid", "--innodb-buffer-pool-size=8M"),
+            *("--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync"),
+            "--innodb-log-file-size=4M",
+        ]
+
+    def prepare(self):
+        options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
+        self.install(
+            *("mariadb-install-db", "--no-defaults", f"--datadir={self.data}", *options),
+            *("--skip-name-resolve", "--innodb-flush-method=nosync"),
+        )
+        self.start()
+        with self.connect() as db:
+            for sql in (
+                "CREATE USER test@localhost",
+                "GRANT ALL ON *.* TO test@localhost",
+                f"CREATE USER locked@localhost IDENTIFIED BY '{PASSWORD}'",
+                "GRANT ALL ON *.* TO locked@localhost",
+            ):
+                db.cursor().execute(sql)
+
+    def create(self, name):
+        with self.connect() as db:
+            db.cursor().execute(f"CREATE DATABASE {name}")
+
+
+class PostgreSQL(Server):
+    ready = "ready to accept connections"
+
+    def url(self, name="test", user="test"):
+        return f"postgresql://{user}@/{name}?host={self.folder}"
+
+    def connect(self, name="postgres", user="test", **more):
+        import psycopg
+
+        return psycopg.connect(self.url(name, user), autocommit=True, **more)
+
+    def command(self):
+        safety = ["fsync=off", "synchronous_commit=off", "full_page_writes=off"]
+        settings = ["listen_addresses=", f"unix_socket_directories={self.folder}", *safety]
+        options = [word for setting in settings for word in ("-c", setting)]
+        return [str(POSTGRESQL / "postgres"), "-D", str(self.data), *options]
+
+    def prepare(self):
+        command = [str(POSTGRESQL / "initdb"), "-D", str(self.data), "-U", "test", "-A", "trust"]
+        self.install(*command, "--no-sync", "--no-locale", "-E", "UTF8")
+        hba = "local all locked scram-sha-256\nlocal all all trust\n"
+        (self.data / "pg_hba.conf").write_text(hba)
+        self.start()
+        with self.connect() as db:
+            db.execute(f"CREATE ROLE locked LOGIN SUPERUSER PASSWORD '{PASSWORD}'")
+
+    def create(self, name):
+        with self.connect() as db:
+            db.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+
+
+@contextmanager
+def running(kind):
+    with tempfile.TemporaryDirectory(prefix="sql") as folder:
+        server = {"mysql": MariaDB, "postgresql": PostgreSQL}[kind](Path(folder))
+        try:
+            server.prepare()
+            yield server
+        finally:
+            if server.process and server.process.poll() is None:
+                server.stop()

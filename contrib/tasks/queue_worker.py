@@ -58,7 +58,6 @@ MOST_ERROR_CHARACTERS = 1000
 CONNECT_SECONDS = 30
 TYPES = {str: "text in quotes", int: "a whole number", tuple: "a list of texts"}
 MYSQL_OPTIONS = {"unix_socket", "ssl_ca"}  # what may follow ? in mysql://...
-DRIVERS = {"psycopg": "psycopg[binary]", "pymysql": "PyMySQL"}
 NOW = {
     "sqlite": "CAST(strftime('%s', 'now') AS INTEGER)",
     "postgresql": "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS BIGINT)",
@@ -258,31 +257,53 @@ class Queue:
 
 
 class Database:
-    """A connection. Each statement commits by itself, and a `?` in it stands for a value."""
+    """A connection; a `?` in a statement stands for a value."""
 
     def __init__(self, address: str, password: str) -> None:
-        scheme = urlsplit(address).scheme
-        self.kind = {"mysql": "mysql", "postgresql": "postgresql"}.get(scheme, "sqlite")
-        self._errors: type[Exception] = sqlite3.Error
-        with self._one_line():
-            self._db = getattr(self, f"_{self.kind}")(address, password)
+        self.kind = urlsplit(address).scheme or "sqlite"
+        with one_line("options.database", Exception):  # each driver has its own
+            self._db = connect(address, password)
         self.close = self._db.close
 
-    def _sqlite(self, address: str, _password: str) -> Any:
-        uri = f"file:{quote(os.path.abspath(address))}?mode=rw"  # a wrong path makes no new file
-        db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=CONNECT_SECONDS)
-        db.text_factory = lambda content: content.decode("utf-8", "replace")
-        return db
+    def _done(self, sql: str, values: tuple[object, ...]) -> Any:
+        cursor = self._db.cursor()
+        cursor.execute(sql if self.kind == "sqlite" else sql.replace("?", "%s"), values)
+        return cursor
 
-    def _postgresql(self, address: str, password: str) -> Any:
-        psycopg = driver("psycopg")
-        self._errors, secret = psycopg.Error, {"password": password} if password else {}
+    def rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
+        with one_line("options.database", self._db.Error):
+            cursor = self._done(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row)) for row in cursor.fetchall()]
+
+    def change(self, sql: str, *values: object) -> int:
+        with one_line("options.database", self._db.Error):
+            return int(self._done(sql, values).rowcount)
+
+    def name(self, text: str) -> str:
+        """Return a table or column as it stands in SQL; read_options() has checked its letters."""
+        mark = "`" if self.kind == "mysql" else '"'
+        return ".".join(f"{mark}{part}{mark}" for part in text.split("."))
+
+
+@contextlib.contextmanager
+def one_line(where: str, errors: type[Exception]) -> Iterator[None]:
+    """Say on one line what a driver says on several."""
+    try:
+        yield
+    except errors as error:
+        text = " ".join(str(error.args[-1] if error.args else error).split())
+        raise DatabaseError(f"{where}: {text}") from None
+
+
+def connect(address: str, password: str) -> Any:
+    """Return a connection in which each statement commits by itself."""
+    url = urlsplit(address)
+    if url.scheme == "postgresql":
+        psycopg, secret = driver("psycopg"), {"password": password} if password else {}
         return psycopg.connect(address, autocommit=True, connect_timeout=CONNECT_SECONDS, **secret)
-
-    def _mysql(self, address: str, password: str) -> Any:
-        pymysql, url = driver("pymysql"), urlsplit(address)
-        self._errors = pymysql.MySQLError
-        return pymysql.connect(
+    if url.scheme == "mysql":
+        return driver("pymysql").connect(
             host=url.hostname or "localhost",
             port=url.port or 3306,
             user=unquote(url.username or ""),
@@ -292,42 +313,18 @@ class Database:
             connect_timeout=CONNECT_SECONDS,
             **dict(parse_qsl(url.query)),
         )
-
-    @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
-        try:
-            yield
-        except self._errors as error:
-            text = " ".join(str(error.args[-1] if error.args else error).split())
-            raise DatabaseError(f"options.database: {text}") from None
-
-    def _done(self, sql: str, values: tuple[object, ...]) -> Any:
-        with self._one_line():
-            cursor = self._db.cursor()
-            cursor.execute(sql if self.kind == "sqlite" else sql.replace("?", "%s"), values)
-            return cursor
-
-    def rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
-        cursor = self._done(sql, values)
-        with self._one_line():
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row)) for row in cursor.fetchall()]
-
-    def change(self, sql: str, *values: object) -> int:
-        return int(self._done(sql, values).rowcount)
-
-    def name(self, text: str) -> str:
-        """Return a table or column as it stands in SQL; read_options() has checked its letters."""
-        mark = "`" if self.kind == "mysql" else '"'
-        return ".".join(f"{mark}{part}{mark}" for part in text.split("."))
+    uri = f"file:{quote(address)}?mode=rw"  # a wrong path makes no new file
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=CONNECT_SECONDS)
+    db.text_factory = lambda content: content.decode("utf-8", "replace")
+    return db
 
 
 def driver(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        text = f"options.database: needs a driver: pip install '{DRIVERS[module]}'"
-        raise DatabaseError(text) from None
+        package = {"psycopg": "psycopg[binary]", "pymysql": "PyMySQL"}[module]
+        raise RuntimeError(f"needs a driver: pip install '{package}'") from None
 
 
 # --- options

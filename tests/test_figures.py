@@ -1,17 +1,22 @@
 """The tasks for queues, thresholds, statistics and counters, on real databases."""
 
+import email
+import email.policy
 import gc
 import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import sys
 import textwrap
 import threading
 import time
+import zoneinfo
 from contextlib import ExitStack, closing
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +42,7 @@ def load(name):
 
 
 queue_worker = load("queue_worker")
+check_thresholds = load("check_thresholds")
 
 
 # -- databases
@@ -170,7 +176,7 @@ def readme(start, language="sql"):
     return textwrap.dedent(found)
 
 
-FILES = ["queue_worker"]
+FILES = ["queue_worker", "check_thresholds"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -623,3 +629,553 @@ def test_a_bad_option_of_queue_worker_is_one_clear_line(key, options):
 def test_queue_worker_without_options_says_what_it_needs(site):
     worker = Installed(site, "queue_worker")
     assert worker.failure().startswith("ValueError: options.database: must be the path of an SQ")
+
+
+# -- check_thresholds
+
+BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
+HOUR = 3600
+
+
+def at(text, zone=BERLIN):
+    return datetime.fromisoformat(text).replace(tzinfo=zone).timestamp()
+
+
+def worked(start, end, *hours, holidays=(), zone=BERLIN):
+    """Return the working hours between two local times."""
+    options = check_thresholds.Options(hours=hours, holidays=holidays)
+    first, last = at(start, zone), at(end, zone)
+    return check_thresholds.Calendar(options, zone, first, last).worked(first, last) / HOUR
+
+
+ALWAYS, OFFICE = "mon-sun 00:00-24:00", "mon-fri 08:00-17:00"
+WORKED = [
+    (9, "2026-03-02", "2026-03-03", [OFFICE]),
+    (2, "2026-03-06 16:00", "2026-03-09 09:00", [OFFICE]),  # over a weekend
+    (0, "2026-03-07", "2026-03-08", [OFFICE]),
+    (0, "2026-03-09 09:00", "2026-03-06 16:00", [OFFICE]),
+    (1.5, "2026-03-02 08:15", "2026-03-02 09:45", [OFFICE]),
+    (8, "2026-03-02", "2026-03-03", ["mon 08:00-12:00", "mon 13:00-17:00"]),
+    (9, "2026-03-02", "2026-03-03", [OFFICE, "mon 09:00-12:00", "mon-tue 11:00-17:00"]),
+    (3, "2026-03-07", "2026-03-09", ["sat 09:00-12:00"]),
+    (8, "2026-03-07", "2026-03-09", ["sat 22:00-06:00"]),  # into the next day
+    (2, "2026-03-08 04:00", "2026-03-09", ["sat 22:00-06:00"]),
+    (24, "2026-03-07", "2026-03-09", ["sat 00:00-00:00"]),
+    (27, "2026-03-02", "2026-03-09", ["fri-mon 08:00-14:45"]),  # mon, fri, sat, sun
+    (168, "2026-03-02", "2026-03-09", [ALWAYS]),
+    (23, "2026-03-29", "2026-03-30", [ALWAYS]),  # the clock is set forward
+    (25, "2026-10-25", "2026-10-26", [ALWAYS]),  # and back
+    (7, "2026-03-28 12:00", "2026-03-29 12:00", ["sat 22:00-06:00"]),
+    (9, "2026-10-24 12:00", "2026-10-25 12:00", ["sat 22:00-06:00"]),
+    (2, "2026-03-29", "2026-03-30", ["sun 02:30-05:00"]),  # 02:30 is skipped
+    (2, "2026-03-29", "2026-03-30", ["sun 00:00-02:30"]),
+    (3.5, "2026-10-25", "2026-10-26", ["sun 00:00-02:30"]),  # 02:30 comes twice
+    (3.5, "2026-10-25", "2026-10-26", ["sun 02:30-05:00"]),
+]
+
+
+@pytest.mark.parametrize(("hours", "start", "end", "spans"), WORKED)
+def test_working_hours(hours, start, end, spans):
+    assert worked(start, end, *spans) == hours
+
+
+def test_holidays():
+    week = ("2026-12-21", "2026-12-28", OFFICE)
+    assert worked(*week) == 45
+    assert worked(*week, holidays=["12-25"]) == 36
+    assert worked(*week, holidays=["2026-12-24", "12-25", "2025-12-23"]) == 27
+    assert worked("2028-02-28", "2028-03-02", ALWAYS, holidays=["02-29"]) == 48
+
+
+def test_a_day_that_a_zone_skipped():
+    zone = zoneinfo.ZoneInfo("Pacific/Apia")  # no 30 December
+    assert worked("2011-12-29", "2012-01-01", ALWAYS, zone=zone) == 48
+    assert worked("2011-12-29", "2012-01-01", "fri 08:00-17:00", zone=zone) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_working_time_is_what_a_clock_on_the_wall_shows(seed):
+    chance = random.Random(seed)
+    zone = zoneinfo.ZoneInfo(chance.choice(["Europe/Berlin", "America/St_Johns", "Asia/Kathmandu"]))
+    hours = [
+        f"{chance.choice(check_thresholds.DAYS)}-{chance.choice(check_thresholds.DAYS)} "
+        f"{chance.randrange(4, 12):02}:30-{chance.randrange(12, 24):02}:00"
+        for _ in range(2)
+    ]
+    start = at(chance.choice(["2026-03-06", "2026-10-23", "2026-10-30"]), zone)
+    end = start + 5 * 24 * HOUR
+    options = check_thresholds.Options(hours=hours, holidays=["10-26"])
+    calendar = check_thresholds.Calendar(options, zone, start, end)
+    spans = [check_thresholds.read_span(text) for text in hours]
+    for step in range(0, 5 * 24 * HOUR, 15 * 60):
+        local = datetime.fromtimestamp(start + step, zone)
+        minute = local.hour * 60 + local.minute
+        open_now = any(
+            local.weekday() in span.days and span.start <= minute < span.end for span in spans
+        )
+        wanted = 15 * 60 if open_now and f"{local:%m-%d}" != "10-26" else 0
+        assert calendar.worked(start + step, start + step + 15 * 60) == wanted, (hours, local)
+
+
+class Desk:
+    """A help desk with tickets, and the check in this process."""
+
+    def __init__(self, base, tmp_path, **options):
+        self.base, self.folder, self.outbox = base, tmp_path, tmp_path / "outbox"
+        moment = {"sqlite": "TEXT", "postgresql": "TIMESTAMPTZ", "mysql": "DATETIME"}[base.kind]
+        base.do(
+            f"CREATE TABLE ticket (id INTEGER, title VARCHAR(200), started {moment}, seconds INT)"
+        )
+        self.options = {
+            "database": base.address,
+            "query": "SELECT * FROM ticket",
+            "timezone": "Europe/Berlin",
+            "stored_timezone": "UTC",
+            "mail_to": ["desk@example.org"],
+            **options,
+        }
+
+    def put(self, number, started, hours, title="printer"):
+        stored = datetime.fromtimestamp(at(started), timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        stored += "+00" * (self.base.kind == "postgresql")
+        values = (number, title, stored, hours * HOUR)
+        self.base.do("INSERT INTO ticket VALUES (?, ?, ?, ?)", *values)
+
+    def check(self, now, **given):
+        settings = {"outbox": str(self.outbox), "timezone": ""}
+        self.task = context(self.folder, self.options, settings=settings, **given)
+        return check_thresholds.check(self.task, at(now))
+
+    def escalated(self, now):
+        """Return who was told of what in a check: address -> lines."""
+        before = set(self.names())
+        self.check(now)
+        mails = [read_mail(self.outbox / name) for name in set(self.names()) - before]
+        return {mail["To"]: re.findall(r"\d+ %  .*", mail.get_content()) for mail in mails}
+
+    def names(self):
+        return sorted(os.listdir(self.outbox)) if self.outbox.exists() else []
+
+
+def read_mail(path):
+    return email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
+
+
+@pytest.fixture
+def desk(base, tmp_path):
+    return Desk(base, tmp_path)
+
+
+@pytest.fixture
+def one_desk(sqlite, tmp_path):
+    return Desk(sqlite, tmp_path)
+
+
+def test_each_limit_escalates_once(desk):
+    desk.put(7, "2026-03-02 09:00", 8)
+    assert desk.check("2026-03-02 12:59") == "nothing"
+    assert desk.escalated("2026-03-02 13:00") == {"desk@example.org": ["50 %  7: printer"]}
+    assert desk.task.message == "1 escalated"
+    assert desk.check("2026-03-02 13:01") == "nothing"
+    assert desk.escalated("2026-03-02 15:30") == {"desk@example.org": ["75 %  7: printer"]}
+    assert desk.escalated("2026-03-02 17:00") == {"desk@example.org": ["100 %  7: printer"]}
+    assert desk.check("2027-03-02 17:00") == "nothing"
+    assert all(name.endswith(".eml") and name[0] != "." for name in desk.names())
+
+
+def test_a_late_check_tells_only_the_highest_limit_of_each(one_desk):
+    one_desk.put(1, "2026-03-02 09:00", 8)
+    one_desk.put(2, "2026-03-02 09:00", 1)
+    lines = one_desk.escalated("2026-03-02 13:00")
+    assert lines == {"desk@example.org": ["100 %  2: printer", "50 %  1: printer"]}
+    (name,) = one_desk.names()
+    text = read_mail(one_desk.outbox / name)
+    assert text["Subject"] == "100 %: 2, and 1 more"
+    assert "4 h 00 min of 1 h 00 min, since 2026-03-02 09:00" in text.get_content()
+    assert one_desk.check("2026-03-02 13:01") == "nothing"
+
+
+def test_another_start_is_another_clock(one_desk):
+    one_desk.put(1, "2026-03-02 09:00", 1)
+    one_desk.check("2026-03-02 12:00")
+    one_desk.base.do("UPDATE ticket SET started = '2026-03-03 09:00:00'")
+    assert one_desk.check("2026-03-03 10:00") == "nothing"
+    assert one_desk.escalated("2026-03-03 10:30") == {"desk@example.org": ["50 %  1: printer"]}
+
+
+def test_what_left_the_query_is_forgotten_in_the_end(one_desk):
+    one_desk.put(1, "2026-03-02 09:00", 1)
+    one_desk.check("2026-03-02 12:00")
+    one_desk.check("2026-12-02 12:00")
+    assert one_desk.check("2026-12-02 12:00") == "nothing"  # it is still there
+    one_desk.options["query"] = "SELECT * FROM ticket WHERE id = 2"
+    one_desk.check("2026-12-03 12:00")
+    with closing(sqlite3.connect(one_desk.folder / "figures.escalated.db")) as ledger:
+        assert ledger.execute("SELECT COUNT(*) FROM escalated").fetchone() == (0,)
+
+
+def test_pauses_do_not_count(one_desk):
+    one_desk.options.update(pauses="SELECT * FROM pause", hours=[OFFICE])
+    one_desk.base.do("CREATE TABLE pause (id, started, ended)")
+    one_desk.put(1, "2026-03-02 08:00", 10)
+    pauses = [
+        ("2026-03-02 06:00", "2026-03-02 09:30"),  # 30 min of it after the start
+        ("2026-03-02 09:00+00:00", "2026-03-02T09:30:00Z"),
+        ("2026-03-02 09:00", "2026-03-02 09:30"),  # the same
+        ("2026-03-02 10:00", "2026-03-02 10:00"),
+        ("2026-03-02 18:00", "2026-03-02 23:00"),  # nobody works then
+        (at("2026-03-03 08:30"), str(at("2026-03-03 08:45"))),
+        ("2026-03-03 08:00", None),
+    ]
+    one_desk.base.do("UPDATE ticket SET started = '2026-03-02 09:00'")  # 10:00 in Berlin
+    for pause in pauses:
+        one_desk.base.do("INSERT INTO pause VALUES (1, ?, ?)", *pause)
+    one_desk.check("2026-03-02 10:00")
+    items = read_items(one_desk, "2026-03-03 12:00")
+    # 10:00-17:00 without 10:00-10:30, and 08:00-09:00 without 08:30-08:45; since 09:00 it stands
+    assert items[0].elapsed == (6.5 + 0.75) * HOUR
+    assert read_items(one_desk, "2026-04-03 12:00")[0].elapsed == (6.5 + 0.75) * HOUR
+
+
+def read_items(desk, now):
+    options = check_thresholds.read_options(desk.options)
+    items, problems = check_thresholds.read_items(options, BERLIN, at(now))
+    assert problems == []
+    return items
+
+
+def test_seconds_in_pauses_may_be_stored_as_a_sum(one_desk):
+    one_desk.options["query"] = "SELECT *, 5400.0 AS paused FROM ticket"
+    one_desk.put(1, "2026-03-02 08:00", 10)
+    assert read_items(one_desk, "2026-03-02 12:00")[0].elapsed == 2.5 * HOUR
+    assert read_items(one_desk, "2026-03-02 09:00")[0].elapsed == 0
+
+
+def test_a_moment_may_be_the_target(desk):
+    day = "CAST('2026-03-06' AS DATE)" if desk.base.kind != "sqlite" else "'2026-03-06'"
+    desk.options.update(query=f"SELECT id, started, {day} AS due FROM ticket", hours=[OFFICE])
+    desk.options["stored_timezone"] = "Europe/Berlin"
+    desk.put(1, "2026-03-04 01:00", 0)
+    (item,) = read_items(desk, "2026-03-05 12:30")
+    assert (item.total, item.elapsed) == (18 * HOUR, 13.5 * HOUR)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        (1772442000, "2026-03-02 10:00"),
+        ("1772442000", "2026-03-02 10:00"),
+        (1772442000.0, "2026-03-02 10:00"),
+        ("2026-03-02 10:00:00", "2026-03-02 10:00"),
+        ("2026-03-02T09:00:00Z", "2026-03-02 10:00"),
+        ("2026-03-02 04:00:00-05:00", "2026-03-02 10:00"),
+        ("2026-03-02", "2026-03-02 00:00"),
+        (date(2026, 3, 2), "2026-03-02 00:00"),
+        (datetime(2026, 3, 2, 9, tzinfo=timezone.utc), "2026-03-02 10:00"),
+        ("2026-10-25 02:30", "2026-10-25 02:30"),
+    ],
+)
+def test_moments_are_read_as_databases_store_them(stored, wanted):
+    assert check_thresholds.moment(stored, BERLIN) == at(wanted)
+
+
+BAD_ROWS = [
+    "SELECT NULL AS id, 0 AS started, 1 AS seconds",
+    "SELECT 1 AS id, NULL AS started, 1 AS seconds",
+    "SELECT 1 AS id, 'soon' AS started, 1 AS seconds",
+    "SELECT 1 AS id, x'ff' AS started, 1 AS seconds",
+    "SELECT 1 AS id, 9e999 AS started, 1 AS seconds",
+    "SELECT 1 AS id, '0000-00-00 00:00:00' AS started, 1 AS seconds",
+    "SELECT 1 AS id, 0 AS started, NULL AS seconds",
+    "SELECT 1 AS id, 0 AS started, 'many' AS seconds",
+]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS)
+def test_a_row_that_cannot_be_read_stops_no_other(one_desk, row):
+    one_desk.put(5, "2026-03-02 09:00", 1)
+    one_desk.options["query"] = f"{row} UNION ALL SELECT id, started, seconds FROM ticket"
+    with pytest.raises(check_thresholds.ItemError, match="^1 could not be handled; the last: (1|N"):
+        one_desk.check("2026-03-02 12:00")
+    assert len(one_desk.names()) == 1
+    assert one_desk.task.volume == 3
+
+
+def test_far_away_moments_cost_no_eternity(one_desk):
+    one_desk.options["hours"] = [OFFICE]
+    one_desk.options["query"] = """
+        SELECT 1 AS id, '0001-01-01' AS started, '9999-12-31 23:59:59' AS due
+        UNION ALL SELECT 2, 1e300, NULL UNION ALL SELECT 3, 0, -1e300
+    """
+    with pytest.raises(check_thresholds.ItemError, match="^1 could not be"):
+        one_desk.check("2026-03-02 12:00")
+
+
+def test_a_due_time_before_the_start_is_reached(one_desk):
+    one_desk.options["query"] = "SELECT 1 AS id, '2026-03-02' AS started, '2026-03-01' AS due"
+    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 %  1"]}
+
+
+def test_who_is_told_may_stand_in_the_row(one_desk):
+    one_desk.put(1, "2026-03-02 09:00", 1, "to anna")
+    one_desk.put(2, "2026-03-02 09:00", 1, "to both")
+    one_desk.put(3, "2026-03-02 09:00", 1, "to nobody")
+    one_desk.options["query"] = """
+        SELECT *, CASE id WHEN 1 THEN 'anna@example.org' WHEN 2 THEN 'bert@example.org; anna@example.org'
+                  ELSE 'no address
+Bcc: x@y' END AS mail_to FROM ticket
+    """
+    assert one_desk.escalated("2026-03-02 12:00") == {
+        "anna@example.org": ["100 %  1: to anna", "100 %  2: to both"],
+        "bert@example.org": ["100 %  2: to both"],
+        "desk@example.org": ["100 %  3: to nobody"],
+    }
+
+
+def test_no_text_of_the_database_becomes_part_of_the_header(one_desk):
+    title = "a\r\n.\r\nBcc: x@example.org\r\n\r\n\x00\x1b[2Jü😀" + "x" * 10_000
+    one_desk.options["query"] = "SELECT title AS id, title, 0 AS started, 1 AS seconds FROM ticket"
+    one_desk.put(1, "2026-03-02 09:00", 1, title)
+    one_desk.check("2026-03-02 12:00")
+    (name,) = one_desk.names()
+    content = (one_desk.outbox / name).read_bytes()
+    mail = read_mail(one_desk.outbox / name)
+    assert sorted(mail.keys()) == sorted(
+        ["To", "Subject", "Content-Type", "Content-Transfer-Encoding", "MIME-Version"]
+    )
+    assert mail["Subject"].startswith("100 %: a . Bcc: x@example.org [2Jü😀x")
+    assert bgtasks.read_mail(content, 0, {"node": "here", "mail_from": ()}).recipients == (
+        "desk@example.org",
+    )
+    assert max(map(len, content.splitlines())) < 998
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_cannot_change_anything(new_base, tmp_path, kind):
+    desk = Desk(new_base(kind), tmp_path)
+    desk.put(1, "2026-03-02 09:00", 1)
+    desk.options["query"] = "DELETE FROM ticket"
+    with pytest.raises(check_thresholds.DatabaseError, match=r"options\.query: .*(?i:read.?only)"):
+        desk.check("2026-03-02 12:00")
+    assert len(desk.base.do("SELECT * FROM ticket")) == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("SELECT", "options.query: incomplete input"),
+        ("SELECT 1 AS id", "options.query: yields no column started, but id"),
+        ("SELECT 1 AS id, 2 AS started", "options.query: yields neither a column seconds nor due"),
+    ],
+)
+def test_a_query_that_yields_too_little_is_named(one_desk, query, said):
+    one_desk.options["query"] = query
+    with pytest.raises(check_thresholds.DatabaseError) as caught:
+        one_desk.check("2026-03-02 12:00")
+    assert str(caught.value) == said
+
+
+def test_names_of_columns_may_be_written_in_capitals(one_desk):
+    one_desk.options["query"] = "SELECT 1 AS ID, 0 AS Started, 1 AS SECONDS"
+    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 %  1"]}
+
+
+def test_a_query_may_hold_what_a_driver_might_take_for_a_placeholder(desk):
+    desk.put(1, "2026-03-02 09:00", 1, "100 %s?")
+    desk.options["query"] = "SELECT * FROM ticket WHERE title LIKE '%s?'"
+    assert desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 %  1: 100 %s?"]}
+
+
+def test_a_command_is_called_for_each_limit_in_turn(one_desk):
+    body = "cat >>calls; echo >>calls; ! [ -e broken ]"
+    one_desk.options.update(mail_to=[], command=[program(one_desk.folder, body)])
+    one_desk.put(1, "2026-03-02 09:00", 8)
+    one_desk.put(2, "2026-03-02 09:00", 100)
+    (one_desk.folder / "broken").touch()
+    said = "^1 could not be handled; the last: 1: the command ended with 1$"
+    with pytest.raises(check_thresholds.ItemError, match=said):
+        one_desk.check("2026-03-02 16:00")
+    (one_desk.folder / "broken").unlink()
+    one_desk.check("2026-03-02 16:00")
+    calls = [json.loads(line) for line in (one_desk.folder / "calls").read_text().splitlines()]
+    assert [call["limit"] for call in calls] == [50, 50, 75]
+    assert calls[0]["elapsed"], calls[0]["total"] == (7 * HOUR, 8 * HOUR)
+    assert calls[0]["columns"]["title"] == "printer"
+    assert one_desk.check("2026-03-02 16:00") == "nothing"
+
+
+def test_commands_end_at_the_deadline(one_desk):
+    clock = FakeClock()
+    one_desk.options.update(mail_to=[], command=[program(one_desk.folder, "cat >>calls")])
+    one_desk.put(1, "2026-03-02 09:00", 1)
+    assert one_desk.check("2026-03-02 16:00", maximum=2) is None
+    assert one_desk.task.volume == 2
+    clock.advance(0)
+    assert one_desk.check("2026-03-02 16:00") is None
+    assert one_desk.task.volume == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [("exec sleep 600", "did not end within 1 s"), (None, "did not start: Exec for")],
+)
+def test_a_command_that_hangs_or_is_none_is_named(one_desk, body, said):
+    path = program(one_desk.folder, body or "")
+    if not body:
+        Path(path).write_text("no program")
+    one_desk.options.update(mail_to=[], command=[path], command_timeout=1, limits=[100])
+    one_desk.put(1, "2026-03-02 09:00", 1)
+    with pytest.raises(check_thresholds.ItemError, match=f"1: the command {said}"):
+        one_desk.check("2026-03-02 16:00")
+
+
+KILL_AFTER = """
+
+def dying(method, when):
+    def wrapped(*args):
+        found = method(*args)
+        if os.path.exists({folder!r} + "/" + when):
+            os.unlink({folder!r} + "/" + when)
+            os.kill(os.getpid(), 9)
+        return found
+    return wrapped
+
+Ledger.hide_mail = dying(Ledger.hide_mail, "hidden")
+Ledger.note = dying(Ledger.note, "noted")
+sync = dying(sync, "shown")
+"""
+
+
+def install_desk(site, desk, more=""):
+    check = Installed(site, "check_thresholds")
+    path = site.tasks / "check_thresholds.py"
+    path.write_text(path.read_text() + more)
+    site.write("desk_times.toml", desk_toml(desk))
+    return check
+
+
+def desk_toml(desk):
+    return (
+        'schedule = "manual"\nscript = "check_thresholds.py"\nsettings = ["outbox", "timezone"]\n'
+        f"[options]\n{bgtasks_toml(desk.options)}"
+    )
+
+
+@pytest.mark.parametrize("when", ["hidden", "noted", "shown"])
+def test_however_it_is_killed_each_crossing_is_mailed_once(site, one_desk, when):
+    install_desk(site, one_desk, KILL_AFTER.format(folder=str(site.folder)))
+    one_desk.put(1, "2026-03-02 09:00", 1)
+    (site.folder / when).touch()
+    assert site.run("run", "desk_times").returncode != 0
+    outbox = site.folder / "outbox"
+    assert site.run("run", "desk_times", "--force").returncode == 0
+    (name,) = os.listdir(outbox)
+    assert not name.startswith(".")
+    assert "100 %  1: printer" in read_mail(outbox / name).get_content()
+    assert os.listdir(site.state / "..") != []
+    assert (site.state / "desk_times.escalated.db").exists()
+
+
+def test_the_outbox_is_sent_by_bgtasks(site, one_desk):
+    install_desk(site, one_desk)
+    one_desk.put(1, "2026-03-02 09:00", 1)
+    assert site.run("run", "desk_times").returncode == 0
+    (path,) = (site.folder / "outbox").iterdir()
+    sent = bgtasks.read_mail(path.read_bytes(), time.time(), {"node": "here", "mail_from": ()})
+    assert (sent.sender, sent.recipients) == ("bgtasks@here", ("desk@example.org",))
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_nothing_is_noted_if_the_outbox_takes_no_mail(one_desk):
+    one_desk.put(1, "2026-03-02 09:00", 1)
+    one_desk.outbox.write_text("no folder")
+    with pytest.raises(FileExistsError):
+        one_desk.check("2026-03-02 12:00")
+    one_desk.outbox.unlink()
+    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 %  1: printer"]}
+
+
+def test_a_toml_without_settings_says_what_it_needs(site, one_desk):
+    install_desk(site, one_desk)
+    path = site.tasks / "desk_times.toml"
+    path.write_text(re.sub("settings = .*", "", path.read_text()))
+    site.run("run", "desk_times")
+    assert 'must be ["outbox", "timezone"]' in site.last("desk_times")["reason"]
+
+
+def test_the_desk_of_the_readme(site, tmp_path, sqlite):
+    sqlite.do("CREATE TABLE ticket (id INTEGER, title, created, owner, solved)")
+    sqlite.do("CREATE TABLE pending (ticket, begun, ended)")
+    ago = datetime.now(timezone.utc) - timedelta(days=21)
+    new = datetime.now(timezone.utc) + timedelta(seconds=5)
+    for number, created, owner, solved in (
+        (1, ago, None, None),
+        (2, ago, "anna", None),
+        (3, ago, None, "2026-01-01"),
+        (4, new, None, None),
+        (5, ago, "anna", None),
+    ):
+        values = (number, f"title {number}", created.isoformat(), owner, solved)
+        sqlite.do("INSERT INTO ticket VALUES (?, ?, ?, ?, ?)", *values)
+    sqlite.do("INSERT INTO pending VALUES (5, ?, NULL)", ago.isoformat())
+    site.write("check_thresholds.py", (TASKS / "check_thresholds.py").read_text())
+    text = readme("schedule", "toml").replace("/srv/desk/desk.db", sqlite.address)
+    site.write("desk_times.toml", text)
+    done = site.run("run", "desk_times")
+    assert done.returncode == 0, done.stderr
+    (path,) = (site.folder / "outbox").iterdir()
+    lines = re.findall(r"\d+ %  .*", read_mail(path).get_content())
+    assert sorted(lines) == [
+        "100 %  TTO of ticket 1: title 1",
+        "100 %  TTO of ticket 3: title 3",
+        "100 %  TTR of ticket 1: title 1",
+        "100 %  TTR of ticket 2: title 2",
+    ]
+
+
+GOOD_DESK = {"database": "/srv/app.db", "query": "SELECT 1", "mail_to": ["me@example.org"]}
+BAD_DESK = [
+    ("database", {"database": ""}),
+    ("database", {"database": "mysql://me:12345678@host/app"}),
+    ("query", {"query": " "}),
+    ("query", {"query": "a\0b"}),
+    ("limits", {"limits": []}),
+    ("limits", {"limits": [0]}),
+    ("limits", {"limits": ["half"]}),
+    ("limits", {"limits": [True]}),
+    ("limits", {"limits": 50}),
+    *(
+        ("hours", {"hours": [hours]})
+        for hours in ("", "08:00-17:00", "mon 8-17", "mon 08:00-24:30", "mon 24:00-08:00", "mon-")
+    ),
+    ("hours", {"hours": []}),
+    ("hours", {"hours": [OFFICE, "mon,tue 08:00-17:00"]}),
+    *(("holidays", {"holidays": [day]}) for day in ("", "25.12.", "12-32", "2026-02-29", "02-30")),
+    ("timezone", {"timezone": "Europe/Berlni"}),
+    ("stored_timezone", {"stored_timezone": "UCT+1"}),
+    ("mail_to", {"mail_to": []}),
+    ("mail_to", {"mail_to": ["me"]}),
+    ("mail_to", {"mail_to": ["a@b\r\nBcc: c@d"]}),
+    ("command", {"command": ["cat"]}),
+    ("command", {"mail_to": [], "command": ["/does/not/exist"]}),
+    ("command_timeout", {"command_timeout": 0}),
+    ("limit", {"limit": [50]}),
+]
+
+
+@pytest.mark.parametrize(("key", "options"), BAD_DESK)
+def test_a_bad_option_of_check_thresholds_is_one_clear_line(key, options):
+    assert complaint(check_thresholds, {**GOOD_DESK, **options}).startswith(f"options.{key}: ")
+
+
+def test_options_of_check_thresholds_may_come_as_text():
+    given = {"limits": "80, 100", "hours": f"{OFFICE}, sat 09:00-12:00", "command_timeout": "5"}
+    options = check_thresholds.read_options({**GOOD_DESK, **given})
+    assert options.limits == (80, 100)
+    assert options.hours == (OFFICE, "sat 09:00-12:00")
+    assert options.command_timeout == 5
+
+
+def test_check_thresholds_without_options_says_what_it_needs(site):
+    check = Installed(site, "check_thresholds")
+    assert check.failure().startswith("ValueError: options.database: must be the path of an SQ")

@@ -10,7 +10,7 @@
 # query = ""             # yields id, started, and seconds or due
 # pauses = ""            # a second query, if there are any: yields id, started, ended
 # limits = [50, 75, 100] # percent of the time
-# hours = ["mon-sun 00:00-24:00"] # in which the clock goes: "mon-fri 08:00-17:00", "sat 09:00-12:00"
+# hours = ["mon-sun 00:00-24:00"] # in which the clock goes, such as "mon-fri 08:00-17:00"
 # holidays = []          # on which it stands still: "2026-04-03", or each year "12-25"
 # timezone = ""          # of these; empty: the setting timezone
 # stored_timezone = ""   # of times that are stored without one, often "UTC"; empty: the same
@@ -40,7 +40,7 @@ called again. What was escalated is remembered in NAME.escalated.db in the state
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import importlib
 import itertools
 import json
@@ -72,7 +72,7 @@ READ_ONLY = {
     "postgresql": "SET default_transaction_read_only = on",
     "mysql": "SET SESSION TRANSACTION READ ONLY",
 }
-Zone = Optional[datetime.tzinfo]  # None is the machine's own
+Zone = Optional[dt.tzinfo]  # None is the machine's own
 
 
 class DatabaseError(Exception):
@@ -89,6 +89,8 @@ def run(task: Any) -> str | None:
 
 def check(task: Any, now: float) -> str | None:
     options = read_options(task.options)
+    if not {"outbox", "timezone"} <= task.settings.keys():  # of a .toml without them
+        raise ValueError('settings: must be ["outbox", "timezone"], as in check_thresholds.py')
     zone = read_zone(options.timezone or task.settings["timezone"])
     with contextlib.closing(Ledger(task, now)) as ledger:
         ledger.show_mails()  # of a run that was killed
@@ -182,12 +184,12 @@ def number(value: Any, name: str) -> float:
 
 def moment(value: Any, zone: Zone) -> float:
     """Return the Unix seconds that a database means by what it stores."""
-    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
-        value = datetime.datetime.combine(value, datetime.time())
+    if isinstance(value, dt.date) and not isinstance(value, dt.datetime):
+        value = dt.datetime.combine(value, dt.time())
     if isinstance(value, str) and not re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value):
         with contextlib.suppress(ValueError):  # else it is said below
-            value = datetime.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip()))
-    if isinstance(value, datetime.datetime):
+            value = dt.datetime.fromisoformat(re.sub("[zZ]$", "+00:00", value.strip()))
+    if isinstance(value, dt.datetime):
         with contextlib.suppress(ValueError, OverflowError):
             return (value if value.tzinfo else value.replace(tzinfo=zone)).timestamp()
     return number(value, "moment that can be read")
@@ -222,7 +224,7 @@ def read_holiday(text: str) -> str:
     """Read `2026-04-03` or `12-25`."""
     if not re.fullmatch(r"(\d{4}-)?\d\d-\d\d", text):
         raise ValueError(f'{text!r} is not like "2026-04-03" or "12-25"')
-    datetime.date.fromisoformat(text if len(text) > 5 else f"2000-{text}")
+    dt.date.fromisoformat(text if len(text) > 5 else f"2000-{text}")
     return text
 
 
@@ -240,18 +242,18 @@ class Calendar:
         self._before = list(itertools.accumulate(lengths, initial=0.0))
 
     def _intervals(self, first: float, last: float) -> Iterator[tuple[float, float]]:
-        day = datetime.datetime.fromtimestamp(first - 2 * DAY, self._zone).date()
-        end = datetime.datetime.fromtimestamp(last + 2 * DAY, self._zone).date()
+        day = dt.datetime.fromtimestamp(first - 2 * DAY, self._zone).date()
+        end = dt.datetime.fromtimestamp(last + 2 * DAY, self._zone).date()
         while day <= end:
             if not {f"{day}", f"{day:%m-%d}"} & self._holidays:
-                midnight = datetime.datetime.combine(day, datetime.time())
+                midnight = dt.datetime.combine(day, dt.time())
                 for span in self._spans:
                     if day.weekday() in span.days:
                         yield self._moments(midnight, span)
-            day += datetime.timedelta(days=1)
+            day += dt.timedelta(days=1)
 
-    def _moments(self, midnight: datetime.datetime, span: Span) -> tuple[float, float]:
-        start, end = (midnight + datetime.timedelta(minutes=at) for at in span[1:])
+    def _moments(self, midnight: dt.datetime, span: Span) -> tuple[float, float]:
+        start, end = (midnight + dt.timedelta(minutes=at) for at in span[1:])
         return instant(start, self._zone, 0), instant(end, self._zone, 1)
 
     def worked(self, start: float, end: float) -> float:
@@ -262,15 +264,15 @@ class Calendar:
         return self._before[at] + min(moment, self._ends[at]) - self._starts[at] if at >= 0 else 0.0
 
 
-def instant(local: datetime.datetime, zone: Zone, fold: int) -> float:
+def instant(local: dt.datetime, zone: Zone, fold: int) -> float:
     """Return when a clock on the wall shows this: of two times the first (fold 0) or the last.
 
     One that the clock skips is where it goes on."""
     while True:
         found = local.replace(tzinfo=zone, fold=fold).timestamp()
-        if datetime.datetime.fromtimestamp(found, zone).replace(tzinfo=None, fold=0) == local:
+        if dt.datetime.fromtimestamp(found, zone).replace(tzinfo=None, fold=0) == local:
             return found
-        local += datetime.timedelta(minutes=1)
+        local += dt.timedelta(minutes=1)
 
 
 def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -450,7 +452,7 @@ def described(crossing: Crossing, zone: Zone) -> Iterator[str]:
     item = crossing.item
     title = f": {item.columns['title']}" if item.columns.get("title") else ""
     yield shown(f"{crossing.limit} %  {item.id}{title}", 500)
-    started = datetime.datetime.fromtimestamp(item.started, zone)
+    started = dt.datetime.fromtimestamp(item.started, zone)
     yield f"    {duration(item.elapsed)} of {duration(item.total)}, since {started:%Y-%m-%d %H:%M}"
     yield ""
 

@@ -751,7 +751,7 @@ class Desk:
         before = set(self.names())
         self.check(now)
         mails = [read_mail(self.outbox / name) for name in set(self.names()) - before]
-        return {mail["To"]: re.findall(r"\d+ %  .*", mail.get_content()) for mail in mails}
+        return {mail["To"]: re.findall(r"\d+ % .*", mail.get_content()) for mail in mails}
 
     def names(self):
         return sorted(os.listdir(self.outbox)) if self.outbox.exists() else []
@@ -774,11 +774,11 @@ def one_desk(sqlite, tmp_path):
 def test_each_limit_escalates_once(desk):
     desk.put(7, "2026-03-02 09:00", 8)
     assert desk.check("2026-03-02 12:59") == "nothing"
-    assert desk.escalated("2026-03-02 13:00") == {"desk@example.org": ["50 %  7: printer"]}
+    assert desk.escalated("2026-03-02 13:00") == {"desk@example.org": ["50 % 7: printer"]}
     assert desk.task.message == "1 escalated"
     assert desk.check("2026-03-02 13:01") == "nothing"
-    assert desk.escalated("2026-03-02 15:30") == {"desk@example.org": ["75 %  7: printer"]}
-    assert desk.escalated("2026-03-02 17:00") == {"desk@example.org": ["100 %  7: printer"]}
+    assert desk.escalated("2026-03-02 15:30") == {"desk@example.org": ["75 % 7: printer"]}
+    assert desk.escalated("2026-03-02 17:00") == {"desk@example.org": ["100 % 7: printer"]}
     assert desk.check("2027-03-02 17:00") == "nothing"
     assert all(name.endswith(".eml") and name[0] != "." for name in desk.names())
 
@@ -787,7 +787,7 @@ def test_a_late_check_tells_only_the_highest_limit_of_each(one_desk):
     one_desk.put(1, "2026-03-02 09:00", 8)
     one_desk.put(2, "2026-03-02 09:00", 1)
     lines = one_desk.escalated("2026-03-02 13:00")
-    assert lines == {"desk@example.org": ["100 %  2: printer", "50 %  1: printer"]}
+    assert lines == {"desk@example.org": ["100 % 2: printer", "50 % 1: printer"]}
     (name,) = one_desk.names()
     text = read_mail(one_desk.outbox / name)
     assert text["Subject"] == "100 %: 2, and 1 more"
@@ -800,7 +800,7 @@ def test_another_start_is_another_clock(one_desk):
     one_desk.check("2026-03-02 12:00")
     one_desk.base.do("UPDATE ticket SET started = '2026-03-03 09:00:00'")
     assert one_desk.check("2026-03-03 10:00") == "nothing"
-    assert one_desk.escalated("2026-03-03 10:30") == {"desk@example.org": ["50 %  1: printer"]}
+    assert one_desk.escalated("2026-03-03 10:30") == {"desk@example.org": ["50 % 1: printer"]}
 
 
 def test_what_left_the_query_is_forgotten_in_the_end(one_desk):
@@ -895,7 +895,9 @@ BAD_ROWS = [
 def test_a_row_that_cannot_be_read_stops_no_other(one_desk, row):
     one_desk.put(5, "2026-03-02 09:00", 1)
     one_desk.options["query"] = f"{row} UNION ALL SELECT id, started, seconds FROM ticket"
-    with pytest.raises(check_thresholds.ItemError, match="^1 could not be handled; the last: (1|N"):
+    with pytest.raises(
+        check_thresholds.ItemError, match="^1 could not be handled; the last: (1|N)"
+    ):
         one_desk.check("2026-03-02 12:00")
     assert len(one_desk.names()) == 1
     assert one_desk.task.volume == 3
@@ -913,7 +915,7 @@ def test_far_away_moments_cost_no_eternity(one_desk):
 
 def test_a_due_time_before_the_start_is_reached(one_desk):
     one_desk.options["query"] = "SELECT 1 AS id, '2026-03-02' AS started, '2026-03-01' AS due"
-    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 %  1"]}
+    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 % 1"]}
 
 
 def test_who_is_told_may_stand_in_the_row(one_desk):
@@ -921,14 +923,14 @@ def test_who_is_told_may_stand_in_the_row(one_desk):
     one_desk.put(2, "2026-03-02 09:00", 1, "to both")
     one_desk.put(3, "2026-03-02 09:00", 1, "to nobody")
     one_desk.options["query"] = """
-        SELECT *, CASE id WHEN 1 THEN 'anna@example.org' WHEN 2 THEN 'bert@example.org; anna@example.org'
-                  ELSE 'no address
-Bcc: x@y' END AS mail_to FROM ticket
+        SELECT *, CASE id WHEN 1 THEN 'anna@example.org'
+            WHEN 2 THEN 'bert@example.org; anna@example.org'
+            ELSE 'no address\r\nBcc: x@y' END AS mail_to FROM ticket
     """
     assert one_desk.escalated("2026-03-02 12:00") == {
-        "anna@example.org": ["100 %  1: to anna", "100 %  2: to both"],
-        "bert@example.org": ["100 %  2: to both"],
-        "desk@example.org": ["100 %  3: to nobody"],
+        "anna@example.org": ["100 % 1: to anna", "100 % 2: to both"],
+        "bert@example.org": ["100 % 2: to both"],
+        "desk@example.org": ["100 % 3: to nobody"],
     }
 
 
@@ -977,13 +979,13 @@ def test_a_query_that_yields_too_little_is_named(one_desk, query, said):
 
 def test_names_of_columns_may_be_written_in_capitals(one_desk):
     one_desk.options["query"] = "SELECT 1 AS ID, 0 AS Started, 1 AS SECONDS"
-    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 %  1"]}
+    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 % 1"]}
 
 
 def test_a_query_may_hold_what_a_driver_might_take_for_a_placeholder(desk):
     desk.put(1, "2026-03-02 09:00", 1, "100 %s?")
     desk.options["query"] = "SELECT * FROM ticket WHERE title LIKE '%s?'"
-    assert desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 %  1: 100 %s?"]}
+    assert desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 % 1: 100 %s?"]}
 
 
 def test_a_command_is_called_for_each_limit_in_turn(one_desk):
@@ -999,18 +1001,16 @@ def test_a_command_is_called_for_each_limit_in_turn(one_desk):
     one_desk.check("2026-03-02 16:00")
     calls = [json.loads(line) for line in (one_desk.folder / "calls").read_text().splitlines()]
     assert [call["limit"] for call in calls] == [50, 50, 75]
-    assert calls[0]["elapsed"], calls[0]["total"] == (7 * HOUR, 8 * HOUR)
+    assert (calls[0]["elapsed"], calls[0]["total"]) == (7 * HOUR, 8 * HOUR)
     assert calls[0]["columns"]["title"] == "printer"
     assert one_desk.check("2026-03-02 16:00") == "nothing"
 
 
-def test_commands_end_at_the_deadline(one_desk):
-    clock = FakeClock()
+def test_a_run_calls_no_more_commands_than_its_maximum(one_desk):
     one_desk.options.update(mail_to=[], command=[program(one_desk.folder, "cat >>calls")])
     one_desk.put(1, "2026-03-02 09:00", 1)
     assert one_desk.check("2026-03-02 16:00", maximum=2) is None
     assert one_desk.task.volume == 2
-    clock.advance(0)
     assert one_desk.check("2026-03-02 16:00") is None
     assert one_desk.task.volume == 1
 
@@ -1071,8 +1071,7 @@ def test_however_it_is_killed_each_crossing_is_mailed_once(site, one_desk, when)
     assert site.run("run", "desk_times", "--force").returncode == 0
     (name,) = os.listdir(outbox)
     assert not name.startswith(".")
-    assert "100 %  1: printer" in read_mail(outbox / name).get_content()
-    assert os.listdir(site.state / "..") != []
+    assert "100 % 1: printer" in read_mail(outbox / name).get_content()
     assert (site.state / "desk_times.escalated.db").exists()
 
 
@@ -1092,7 +1091,7 @@ def test_nothing_is_noted_if_the_outbox_takes_no_mail(one_desk):
     with pytest.raises(FileExistsError):
         one_desk.check("2026-03-02 12:00")
     one_desk.outbox.unlink()
-    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 %  1: printer"]}
+    assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 % 1: printer"]}
 
 
 def test_a_toml_without_settings_says_what_it_needs(site, one_desk):
@@ -1124,12 +1123,12 @@ def test_the_desk_of_the_readme(site, tmp_path, sqlite):
     done = site.run("run", "desk_times")
     assert done.returncode == 0, done.stderr
     (path,) = (site.folder / "outbox").iterdir()
-    lines = re.findall(r"\d+ %  .*", read_mail(path).get_content())
+    lines = re.findall(r"\d+ % .*", read_mail(path).get_content())
     assert sorted(lines) == [
-        "100 %  TTO of ticket 1: title 1",
-        "100 %  TTO of ticket 3: title 3",
-        "100 %  TTR of ticket 1: title 1",
-        "100 %  TTR of ticket 2: title 2",
+        "100 % TTO of ticket 1: title 1",
+        "100 % TTO of ticket 3: title 3",
+        "100 % TTR of ticket 1: title 1",
+        "100 % TTR of ticket 2: title 2",
     ]
 
 

@@ -451,7 +451,7 @@ def mail(address: str, crossings: list[Crossing], zone: Zone) -> bytes:
 def described(crossing: Crossing, zone: Zone) -> Iterator[str]:
     item = crossing.item
     title = f": {item.columns['title']}" if item.columns.get("title") else ""
-    yield shown(f"{crossing.limit} %  {item.id}{title}", 500)
+    yield shown(f"{crossing.limit} % {item.id}{title}", 500)
     started = dt.datetime.fromtimestamp(item.started, zone)
     yield f"    {duration(item.elapsed)} of {duration(item.total)}, since {started:%Y-%m-%d %H:%M}"
     yield ""

@@ -4,12 +4,14 @@ import email
 import email.policy
 import gc
 import importlib.util
+import inspect
 import json
 import os
 import random
 import re
 import signal
 import sqlite3
+import subprocess
 import sys
 import textwrap
 import threading
@@ -19,6 +21,7 @@ from contextlib import ExitStack, closing
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import sql_servers
@@ -43,6 +46,10 @@ def load(name):
 
 queue_worker = load("queue_worker")
 check_thresholds = load("check_thresholds")
+simple_stats = load("simple_stats")
+event_counter = load("event_counter")
+test_task = load("test_task")
+test_task.__test__ = False
 
 
 # -- databases
@@ -176,14 +183,32 @@ def readme(start, language="sql"):
     return textwrap.dedent(found)
 
 
-FILES = ["queue_worker", "check_thresholds"]
+FILES = ["queue_worker", "check_thresholds", "simple_stats", "event_counter", "test_task"]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_options_in_the_file_are_the_defaults(name):
     found = bgtasks.read_raw(str(TASKS / f"{name}.py"))[0]
     defaults = sys.modules[f"figures_{name}"].Options()._asdict()
-    assert found["options"] == json.loads(json.dumps(defaults))
+    assert found["options"] == json.loads(json.dumps(defaults, default=dict))
+
+
+SHARED = {
+    "queue_worker": "connect driver one_line is_database has_password is_name",
+    "check_thresholds": "connect driver one_line is_database has_password",
+    "event_counter": "connect driver one_line is_database has_password is_name "
+    "Database main collected write chart Frame grid scale shown",
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_stands_in_several_files_is_the_same(name):
+    for function in SHARED[name].split():
+        ours, theirs = (
+            inspect.getsource(getattr(sys.modules[f"figures_{file}"], function))
+            for file in (name, "simple_stats")
+        )
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -1178,3 +1203,502 @@ def test_options_of_check_thresholds_may_come_as_text():
 def test_check_thresholds_without_options_says_what_it_needs(site):
     check = Installed(site, "check_thresholds")
     assert check.failure().startswith("ValueError: options.database: must be the path of an SQ")
+
+
+# -- simple_stats
+
+
+class Figures:
+    """A database with figures, and what samples them in this process."""
+
+    def __init__(self, base, tmp_path, module, **options):
+        self.base, self.folder, self.module = base, tmp_path, module
+        self.options = {"database": base.address, **options}
+        self.state = {}
+
+    def take(self, now=1_772_442_000, **given):
+        self.task = context(self.folder, self.options, state=self.state, **given)
+        try:
+            return getattr(self.module, "sample" if self.module is simple_stats else "collect")(
+                self.task, now
+            )
+        finally:
+            self.state = self.task.state
+
+    def series(self):
+        return self.base.do("SELECT name, taken_at, value FROM statistic ORDER BY taken_at, name")
+
+
+@pytest.fixture
+def stats(base, tmp_path):
+    base.do("CREATE TABLE users (status VARCHAR(20), points INTEGER)")
+    for row in (("open", 1), ("open", 2), ("Open", 5), ("ü %s?", None)):
+        base.do("INSERT INTO users VALUES (?, ?)", *row)
+    return Figures(base, tmp_path, simple_stats, queries={"users": "SELECT COUNT(*) FROM users"})
+
+
+@pytest.fixture
+def few_stats(sqlite, tmp_path):
+    return Figures(sqlite, tmp_path, simple_stats, queries={"one": "SELECT 1"})
+
+
+def test_figures_become_a_time_series(stats):
+    stats.take(1000)
+    stats.base.do("DELETE FROM users WHERE points = 5")
+    stats.take(2000)
+    assert stats.series() == [("users", 1000, 4.0), ("users", 2000, 3.0)]
+    stats.take(2000)  # once more in this second
+    assert len(stats.series()) == 2
+    assert (stats.task.volume, stats.task.message) == (1, "1 figures")
+
+
+def test_a_query_may_yield_labels_and_numbers(stats):
+    group = "BINARY status" if stats.base.kind == "mysql" else "status"
+    stats.options["queries"] = {
+        "of": f"SELECT {group}, SUM(points) / 2.0 FROM users WHERE 1 = 1 GROUP BY {group}"
+    }
+    stats.take()
+    found = [(name, float(value)) for name, _, value in stats.series()]
+    assert sorted(found) == [("of.Open", 2.5), ("of.open", 1.5)]  # SUM of nothing is NULL
+
+
+def test_figures_may_be_kept_elsewhere(stats, tmp_path):
+    stats.options["store"] = str(tmp_path / "new store.db")
+    stats.take()
+    with closing(sqlite3.connect(stats.options["store"])) as db:
+        assert db.execute("SELECT name, value FROM statistic").fetchall() == [("users", 4.0)]
+    with pytest.raises(Exception, match="statistic"):
+        stats.series()
+
+
+BAD_QUERIES = {
+    "broken": "SELECT",
+    "three": "SELECT 1, 2, 3",
+    "two": "SELECT 1 UNION ALL SELECT 2",
+    "text": "SELECT 'many'",
+    "none": "CREATE TABLE made (id INTEGER)",
+    "gone": "DELETE FROM users",
+    "missing": "SELECT COUNT(*) FROM nowhere",
+}
+
+
+def test_a_query_that_fails_stops_no_other_and_changes_nothing(stats):
+    stats.options["queries"] = {**BAD_QUERIES, "zero": "SELECT 0", "null": "SELECT NULL"}
+    with pytest.raises(
+        simple_stats.QueryError, match=r"^7 of 9 failed; options\.queries\.two: mus"
+    ):
+        stats.take()
+    assert [(name, value) for name, _, value in stats.series()] == [("zero", 0.0)]
+    assert stats.base.do("SELECT COUNT(*) FROM users") == [(4,)]
+    assert stats.state["asked"] == []
+
+
+def test_too_many_rows_are_no_figure(few_stats):
+    sql = (
+        "WITH n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000000) SELECT i, i FROM n"
+    )
+    few_stats.options["queries"] = {"many": sql}
+    with pytest.raises(simple_stats.QueryError, match="yields more than 1000 rows"):
+        few_stats.take()
+
+
+def test_after_a_deadline_it_goes_on_with_the_next_query(few_stats):
+    few_stats.options["queries"] = dict.fromkeys("abcde", "SELECT 1")
+    few_stats.take(1, maximum=2)
+    few_stats.take(2, maximum=2)
+    assert few_stats.state == {"asked": ["a", "b", "c", "d"]}
+    few_stats.options["queries"].pop("b")
+    few_stats.take(3, maximum=2)
+    few_stats.take(4, maximum=2)
+    assert [name for name, _, _ in few_stats.series()] == list("abcdeac")
+
+
+def test_an_earlier_figure_is_kept_if_a_later_one_kills_it(site, sqlite):
+    stats = Installed(site, "simple_stats")
+    path = site.tasks / "simple_stats.py"
+    path.write_text(path.read_text().replace("            asked.append(name)", KILL_AFTER_ONE))
+    options = {"queries.a": "SELECT 1", "queries.b": "SELECT 2", "store": site.folder / "s.db"}
+    stats.set(database=sqlite.address, **options)
+    assert "SIGKILL" in stats.failure()
+    with closing(sqlite3.connect(site.folder / "s.db")) as db:
+        assert db.execute("SELECT name, value FROM statistic").fetchall() == [("a", 1.0)]
+
+
+KILL_AFTER_ONE = "            os.kill(os.getpid(), 9)"
+
+
+def test_the_stats_of_the_readme(site, sqlite, tmp_path):
+    sqlite.do("CREATE TABLE users (id INTEGER)")
+    sqlite.do("CREATE TABLE orders AS SELECT 'open' AS status UNION ALL SELECT 'paid'")
+    Installed(site, "simple_stats")
+    text = params("task.simple_stats", sqlite.address)
+    site.params.write_text(text.replace("/srv/app/statistic.db", str(tmp_path / "statistic.db")))
+    assert site.run("run", "simple_stats").returncode == 0
+    assert site.last("simple_stats")["volume"] == 3
+    command = readme("python3 tasks.d/simple_stats.py", "sh")
+    done = shell(site, command.replace("/srv/app", str(tmp_path)))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert texts(site.folder / "chart.svg")[-1] == "users: 0 (from 0 to 0)"
+
+
+def params(start, address):
+    """Return the lines of a param file in the README that set a task."""
+    text = (TASKS / "README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(start)]
+    return "\n".join(lines).replace("/srv/app/app.db", f'"{address}"') + "\n"
+
+
+def shell(site, command):
+    return subprocess.run(
+        command.replace("python3", sys.executable),
+        shell=True,
+        cwd=site.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# -- charts
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(path):
+    return [each.text for each in ElementTree.parse(path).getroot().iter(f"{SVG}text")]
+
+
+def chart(module, series, since=0.0, until=7 * 86400.0):
+    return ElementTree.fromstring(module.chart(series, since, until))
+
+
+def test_a_line_goes_through_its_points():
+    root = chart(simple_stats, {"a": [(0.0, 0.0), (302400.0, 50.0), (604800.0, 100.0)]})
+    (line,) = root.iter(f"{SVG}polyline")
+    assert line.get("points") == "80.0,360.0 510.0,190.0 940.0,20.0"
+    numbers = [each.text for each in root.iter(f"{SVG}text") if each.get("text-anchor") == "end"]
+    assert numbers[:6] == ["0", "20", "40", "60", "80", "100"]
+
+
+def test_bars_stand_on_zero_and_add_up_what_shares_their_place():
+    root = chart(event_counter, {"a": [(302400.0, 30.0), (302401.0, 20.0), (604800.0, 100.0)]})
+    path = next(each for each in root.iter(f"{SVG}path") if each.get("stroke-width") == "3")
+    assert path.get("d") == "M510.0 360.0V190.0M940.0 360.0V20.0"
+    assert "a: 150 in all, at most 100 at a time" in [each.text for each in root.iter(f"{SVG}text")]
+
+
+SERIES = [
+    {},
+    {"one": [(1.0, 5.0)]},
+    {"flat": [(1.0, 0.0), (2.0, 0.0)]},
+    {"below": [(1.0, -5e12), (2.0, 1e-9)]},
+    {"tiny": [(1.0, 1e-300)]},
+    {"huge": [(1.0, 1e300), (2.0, -1e300)]},
+    {f"<&\"'\x00\x1b{number}": [(1.0, number)] for number in range(30)},
+    {"many": [(number / 10, number % 77) for number in range(100_000)]},
+]
+
+
+@pytest.mark.parametrize("series", SERIES, ids=lambda series: next(iter(series), "none")[:5])
+@pytest.mark.parametrize("module", [simple_stats, event_counter], ids=["lines", "bars"])
+def test_any_figures_make_a_chart(module, series):
+    text = module.chart(series, 0.0, 10_000.0)
+    assert len(text) < 100_000
+    root = ElementTree.fromstring(text)
+    drawn = [each for each in root.iter() if each.get("stroke-width")]
+    assert len(drawn) == len(series)
+    assert not re.search("nan|inf", text.replace("infinite", ""))
+
+
+def test_a_chart_replaces_the_old_one_whole(few_stats, capsys):
+    few_stats.take(int(time.time()))
+    path = few_stats.folder / "chart.svg"
+    arguments = ["--plot", str(path), few_stats.base.address]
+    assert simple_stats.main(arguments) == 0
+    before = path.read_text()
+    assert texts(path)[-1] == "one: 1 (from 1 to 1)"
+    assert simple_stats.main([*arguments, "nobody"]) == 1
+    assert "has no figure 'nobody' of that time" in capsys.readouterr().err
+    assert path.read_text() == before
+    for wrong in (["--table", "a b"], ["--days", "0"], ["--days", "nan"], ["--table", "other"]):
+        assert simple_stats.main([*arguments, *wrong]) == 1
+    assert simple_stats.main(["--plot", str(few_stats.folder / "no" / "chart.svg"), arguments[2]])
+    assert simple_stats.main(["--plot", "/dev/full/x", "oracle://x"]) == 1
+    assert simple_stats.main(["--plot", str(path), "/does/not/exist.db"]) == 1
+    assert all(line.count("\n") == 0 for line in capsys.readouterr().err.splitlines())
+    assert not os.path.exists("/does")
+    assert os.listdir(few_stats.folder).count("chart.svg") == 1
+    assert not list(few_stats.folder.glob("*.new"))
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
+def test_a_chart_from_a_server_with_a_password(new_base, tmp_path, monkeypatch, kind):
+    base = new_base(kind)
+    stats = Figures(base, tmp_path, simple_stats, queries={"one": "SELECT 1"})
+    stats.take(int(time.time()))
+    address = base.address.replace("//test@", "//locked@")
+    monkeypatch.setenv("DATABASE_PASSWORD", PASSWORD)
+    assert simple_stats.main(["--plot", str(tmp_path / "chart.svg"), address]) == 0
+    assert texts(tmp_path / "chart.svg")[-1] == "one: 1 (from 1 to 1)"
+
+
+# -- event_counter
+
+
+@pytest.fixture
+def counter(base, tmp_path):
+    made = readme("CREATE TABLE event_counter")
+    base.script(made)
+    return Figures(base, tmp_path, event_counter)
+
+
+def test_counters_are_read_and_reset(counter):
+    counter.base.do("INSERT INTO event_counter VALUES ('idle', 0), ('Login', 7)")
+    counter.take(1000)
+    assert counter.task.message == "8 events in 3 counters"
+    counter.base.do("UPDATE event_counter SET value = value + 3 WHERE name = 'idle'")
+    counter.take(2000)
+    counter.base.do("UPDATE event_counter SET value = value + 4 WHERE name = 'idle'")
+    counter.take(2000)  # once more in this second
+    found = sorted(counter.series(), key=lambda row: (row[1], row[0]))
+    assert found == [
+        ("Login", 1000, 7.0),
+        ("idle", 1000, 0.0),
+        ("login", 1000, 1.0),
+        ("Login", 2000, 0.0),
+        ("idle", 2000, 7.0),
+        ("login", 2000, 0.0),
+    ]
+    assert {value for (value,) in counter.base.do("SELECT value FROM event_counter")} == {0}
+
+
+def test_rows_of_one_name_are_added_up(base, tmp_path):
+    base.do("CREATE TABLE eventcounter (counter_name VARCHAR(80), counter_value INT, node INT)")
+    rows = [("a", 1, 1), ("a", 2, 2), ("b", 4, 1), ("c", None, 1)]
+    for row in rows:
+        base.do("INSERT INTO eventcounter VALUES (?, ?, ?)", *row)
+    columns = {"name_column": "counter_name", "value_column": "counter_value"}
+    counter = Figures(base, tmp_path, event_counter, counters="eventcounter", **columns)
+    counter.take(1000, maximum=None)
+    assert counter.series() == [("a", 1000, 3.0), ("b", 1000, 4.0), ("c", 1000, 0.0)]
+
+
+def test_only_the_named_counters_are_read(counter):
+    counter.base.do("INSERT INTO event_counter VALUES ('other', 9)")
+    counter.options["names"] = ["login"]
+    counter.take(1000)
+    assert counter.series() == [("login", 1000, 1.0)]
+    other = "SELECT value FROM event_counter WHERE name = 'other'"
+    assert counter.base.do(other) == [(9,)]
+    counter.options["names"] = ["other", "nobody"]
+    with pytest.raises(event_counter.DatabaseError, match="has no counter 'nobody'"):
+        counter.take(2000)
+    assert counter.base.do(other) == [(9,)]  # what was read before it was not reset
+
+
+def test_no_counters_are_nothing(counter):
+    counter.base.do("DELETE FROM event_counter")
+    assert counter.take() == "nothing"
+
+
+def test_no_event_is_lost_or_counted_twice(counter):
+    """Others count in processes of their own while it reads, and new counters appear."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sql_servers, sqlite3
+from pathlib import Path
+folder, name, me = sys.argv[1:]
+kinds = {{"mysql": sql_servers.MariaDB, "postgresql": sql_servers.PostgreSQL}}
+server = kinds[{counter.base.kind!r}](Path(folder)) if folder else None
+db = server.connect(name, user="test") if folder else sqlite3.connect(name, 60, isolation_level=None)
+cursor = db.cursor()
+for number in range(150):
+    try:
+        cursor.execute("UPDATE event_counter SET value = value + 1 WHERE name = 'login'")
+        if number % 10 == 0:
+            sql = f"INSERT INTO event_counter VALUES ('new {{me}} {{number}}', 1)"
+            cursor.execute(sql)
+    except Exception as error:
+        if "eadlock" not in str(error):
+            raise
+        print("lost")
+"""
+    server = counter.base.server
+    place = ["", counter.base.address]
+    if server:
+        ((name,),) = counter.base.do(
+            "SELECT current_database()"
+            if counter.base.kind == "postgresql"
+            else "SELECT DATABASE()"
+        )
+        place = [str(server.folder), name]
+    others = [
+        subprocess.Popen([sys.executable, "-c", code, *place, str(me)], stdout=subprocess.PIPE)
+        for me in range(2)
+    ]
+    now = 1000
+    while any(other.poll() is None for other in others):
+        now += 1
+        counter.take(now)
+    said = [other.communicate()[0] for other in others]
+    assert [other.returncode for other in others] == [0, 0]
+    counter.take(now + 1)
+    assert b"lost" not in b"".join(said)
+    assert sum(value for _, _, value in counter.series()) == 1 + 2 * (150 + 15)
+
+
+@pytest.mark.parametrize("step", ["keep", "number"])
+def test_killed_in_the_middle_nothing_has_changed(site, counter, step):
+    installed = Installed(site, "event_counter")
+    path = site.tasks / "event_counter.py"
+    path.write_text(path.read_text() + f"\n\ndef {step}(*_):\n    os.kill(os.getpid(), 9)\n")
+    installed.set(database=counter.base.address)
+    assert "SIGKILL" in installed.failure()
+    # the server may take a moment to see that its client is dead
+    wait_for(lambda: counter.base.do("SELECT value FROM event_counter") == [(1,)], 60)
+    assert counter.series() == []
+    counter.take(1000)
+    assert counter.series() == [("login", 1000, 1.0)]
+
+
+def test_a_counter_that_holds_no_number_changes_nothing(sqlite, tmp_path):
+    sqlite.do("CREATE TABLE event_counter (name, value)")
+    sqlite.do("INSERT INTO event_counter VALUES ('a', 5), ('b', 'many')")
+    counter = Figures(sqlite, tmp_path, event_counter)
+    with pytest.raises(event_counter.DatabaseError, match="event_counter b: must hold a number"):
+        counter.take()
+    assert sqlite.do("SELECT value FROM event_counter") == [(5,), ("many",)]
+    assert counter.series() == []
+
+
+@pytest.mark.parametrize("table", ["event_counter", "statistic"])
+def test_tables_without_transactions_are_refused(new_base, tmp_path, table):
+    base = new_base("mysql")
+    base.script(readme("CREATE TABLE event_counter"))
+    counter = Figures(base, tmp_path, event_counter)
+    counter.take(1000)
+    base.do(f"ALTER TABLE {table} ENGINE=MyISAM")
+    base.do("UPDATE event_counter SET value = 5")
+    with pytest.raises(event_counter.DatabaseError, match=f"ALTER TABLE {table} ENGINE=InnoDB"):
+        counter.take(2000)
+    assert base.do("SELECT value FROM event_counter") == [(5,)]
+
+
+def test_the_counter_of_the_readme(site, sqlite):
+    sqlite.script(readme("CREATE TABLE event_counter"))
+    Installed(site, "event_counter")
+    site.params.write_text(params("task.event_counter", sqlite.address))
+    assert site.run("run", "event_counter").returncode == 0
+    command = readme("python3 tasks.d/event_counter.py", "sh")
+    done = shell(site, command.replace("/srv/app/app.db", f"'{sqlite.address}'"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert texts(site.folder / "events.svg")[-1] == "login: 1 in all, at most 1 at a time"
+
+
+GOOD_STATS = {"database": "/srv/app.db", "queries": {"a": "SELECT 1"}}
+BAD_STATS = [
+    ("database", {"database": "app.db"}),
+    ("database", {"database": "mysql://me:12345678@host/app"}),
+    ("store", {"store": "s.db"}),
+    ("store", {"store": "mysql://me:12345678@host/app"}),
+    ("store_password", {"store_password": 12345678}),
+    ("table", {"table": "a b"}),
+    ("queries", {"queries": {}}),
+    ("queries", {"queries": "SELECT 1"}),
+    ("queries", {"queries": {"a b": "SELECT 1"}}),
+    ("queries.a", {"queries": {"a": 1}}),
+    ("queries.b", {"queries.b": 1}),
+    ("query", {"query": "SELECT 1"}),
+]
+GOOD_COUNTER = {"database": "/srv/app.db"}
+BAD_COUNTER = [
+    ("database", {"database": ""}),
+    ("database", {"database": "postgresql://me:12345678@host/app"}),
+    ("counters", {"counters": "a;b"}),
+    ("name_column", {"name_column": ""}),
+    ("value_column", {"value_column": "a b"}),
+    ("names", {"names": [""]}),
+    ("names", {"names": ["x" * 101]}),
+    ("names", {"names": [1]}),
+    ("table", {"table": "event_counter"}),
+    ("tables", {"tables": "x"}),
+]
+
+
+@pytest.mark.parametrize(("key", "options"), BAD_STATS)
+def test_a_bad_option_of_simple_stats_is_one_clear_line(key, options):
+    assert complaint(simple_stats, {**GOOD_STATS, **options}).startswith(f"options.{key}: ")
+
+
+@pytest.mark.parametrize(("key", "options"), BAD_COUNTER)
+def test_a_bad_option_of_event_counter_is_one_clear_line(key, options):
+    assert complaint(event_counter, {**GOOD_COUNTER, **options}).startswith(f"options.{key}: ")
+
+
+@pytest.mark.parametrize("name", ["simple_stats", "event_counter"])
+def test_without_options_it_says_what_it_needs(site, name):
+    found = Installed(site, name).failure()
+    assert found.startswith("ValueError: options.database: must be the path of an SQLite file")
+
+
+# -- test_task
+
+
+class Tried(Installed):
+    def __init__(self, site, settings="", **options):
+        super().__init__(site, "test_task")
+        self.set(settings, **{"seconds": 0, **options})
+
+
+def test_outcomes_come_in_turn(site):
+    tried = Tried(site, outcomes="done, nothing, more, failed, crash, exit")
+    wanted = ["done", "nothing", "more", "failed", "failed", "failed", "done"]
+    assert [tried.outcome() for _ in wanted] == wanted
+    reasons = [row["reason"] for row in site.rows("SELECT reason FROM run ORDER BY id")]
+    assert reasons[3].startswith("TestError: as options.outcomes wants it")
+    assert "SIGKILL" in reasons[4]
+    assert "os._exit" in reasons[5]
+
+
+def test_a_test_task_stops_at_its_deadline(site):
+    tried = Tried(site, "task.test_task.deadline = 1\n", seconds=60, steps=600)
+    found = tried.run()
+    assert found["outcome"] == "more"
+    assert found["volume"] < 600
+
+
+def test_one_that_hangs_is_ended_at_its_timeout(site):
+    settings = "task.test_task.deadline = 1\ntask.test_task.timeout = 2\n"
+    assert Tried(site, settings, outcomes="hang").outcome() == "timed_out"
+
+
+def test_a_test_task_works_as_it_is(site):
+    tried = Installed(site, "test_task")
+    tried.set(seconds=1)
+    found = tried.run()
+    assert (found["outcome"], found["volume"], found["message"]) == ("done", 5, "5 steps")
+
+
+def test_the_test_task_of_the_readme(site):
+    Installed(site, "test_task")
+    text = params("task.test_task", "").replace("seconds = 2", "seconds = 0")
+    site.params.write_text(text)
+    assert site.wake().returncode == 0
+    assert site.last("test_task")["outcome"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("seconds", {"seconds": -1}),
+        ("seconds", {"seconds": "long"}),
+        ("steps", {"steps": 0}),
+        ("outcomes", {"outcomes": []}),
+        ("outcomes", {"outcomes": "well"}),
+        ("outcomes", {"outcomes": [1]}),
+        ("outcome", {"outcome": "done"}),
+    ],
+)
+def test_a_bad_option_of_test_task_is_one_clear_line(key, options):
+    assert complaint(test_task, options).startswith(f"options.{key}: ")

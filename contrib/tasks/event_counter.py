@@ -6,7 +6,7 @@
 # [tool.bgtasks.options]
 # database = ""          # path of an SQLite file, or postgresql://user@host/name, or mysql://...
 # password = ""          # not here: task.event_counter.options.password = ... in the param file
-# counters = "event_counter"   # the table in which the application counts
+# counters = "event_counter" # the table in which the application counts
 # name_column = "name"
 # value_column = "value"
 # names = []             # which counters; empty: all of them
@@ -14,10 +14,10 @@
 # ///
 """Read and reset counters: copy or link this file into tasks.d, and set the options.
 
-The application adds to a number in a table each time something happens. In one transaction, with the
-table of the counters locked for that moment, each number is written into a time series and set to 0:
-no event is lost or counted twice, however this is killed and whoever counts meanwhile. Rows of the
-same name, such as one for each server, are added up.
+The application adds to a number in a table each time something happens. In one transaction, with
+the table of the counters locked for that moment, each number is written into a time series and set
+to 0: no event is lost or counted twice, however this is killed and whoever counts meanwhile. Rows
+of the same name, such as one for each server, are added up.
 
 By hand it draws what was counted: python3 event_counter.py --plot chart.svg /srv/app/app.db
 """
@@ -39,24 +39,29 @@ from xml.sax.saxutils import escape
 
 CONNECT_SECONDS = 30
 MYSQL_OPTIONS = {"unix_socket", "ssl_ca"}  # what may follow ? in mysql://...
+TYPES = {str: "text in quotes", tuple: "a list of texts"}
 NAME_TYPE = {
     "sqlite": "VARCHAR(100)",
     "postgresql": "VARCHAR(100)",
     "mysql": "VARCHAR(100) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",  # else `a` and `A` are one
 }
+SERIES = """
+    CREATE TABLE IF NOT EXISTS {table} (
+        taken_at BIGINT NOT NULL, -- Unix seconds
+        name NAME_TYPE NOT NULL,
+        value DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (name, taken_at)
+    )
+"""
 MOST_NAME = 100
 WIDTH, HEIGHT = 960, 400
 LEFT, RIGHT, TOP, BOTTOM = 80, 20, 20, 40  # around the lines
 DAY = 86400
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-)  # Okabe, Ito
+# of Okabe and Ito, which all eyes can tell apart
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+READ = "SELECT {column}, {value} FROM {table}"
+RESET = "UPDATE {table} SET {value} = 0"
+MOST_ROWS = 10_000  # of counters
 
 
 class DatabaseError(Exception):
@@ -99,25 +104,30 @@ def refuse_unsafe(db: Database, options: Options) -> None:
 
 
 def read_and_reset(db: Database, options: Options) -> dict[str, float]:
-    table, column = db.name(options.counters), db.name(options.name_column)
-    value = db.name(options.value_column)
+    names = {
+        "table": options.counters,
+        "column": options.name_column,
+        "value": options.value_column,
+    }
     if db.kind == "postgresql":
-        db.done(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
-    lock = " FOR UPDATE" if db.kind == "mysql" else ""
+        db.done("LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE", **names)
     counts: dict[str, float] = {}
     for name in options.names or [None]:
-        which, values = ("", ()) if name is None else (f" WHERE {column} = ?", (name,))
-        rows = db.rows(f"SELECT {column}, {value} FROM {table}{which}{lock}", *values)
+        which, values = ("", ()) if name is None else (" WHERE {column} = ?", (name,))
+        lock = " FOR UPDATE" if db.kind == "mysql" else ""
+        rows = db.rows(READ + which + lock, *values, **names)
         if name is not None and not rows:
             raise DatabaseError(f"options.names: {options.counters} has no counter {name!r}")
-        for found, number in rows:
+        if len(rows) > MOST_ROWS:
+            raise DatabaseError(f"{options.counters}: has more than {MOST_ROWS} rows")
+        for found, value in rows:
             key = name or str(found)[:MOST_NAME].replace("\0", " ")
-            counts[key] = counts.get(key, 0.0) + read_number(number, f"{options.counters} {found}")
-        db.done(f"UPDATE {table} SET {value} = 0{which}", *values)
+            counts[key] = counts.get(key, 0.0) + number(value, f"{options.counters} {found}")
+        db.done(RESET + which, *values, **names)
     return counts
 
 
-def read_number(value: Any, where: str) -> float:
+def number(value: Any, where: str) -> float:
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if math.isfinite(float(value or 0)):
             return float(value or 0)
@@ -126,11 +136,11 @@ def read_number(value: Any, where: str) -> float:
 
 def keep(db: Database, table: str, name: str, value: float, now: int) -> None:
     """Note a count; if another run noted one in this second, they are added."""
-    where = f"{db.name(table)} WHERE name = ? AND taken_at = ?"
-    noted = sum(row[0] for row in db.rows(f"SELECT value FROM {where}", name, now))
-    db.done(f"DELETE FROM {where}", name, now)
-    sql = f"INSERT INTO {db.name(table)} (taken_at, name, value) VALUES (?, ?, ?)"
-    db.done(sql, now, name, value + noted)
+    sql = "SELECT value FROM {table} WHERE name = ? AND taken_at = ?"
+    noted = sum(row[0] for row in db.rows(sql, name, now, table=table))
+    db.done("DELETE FROM {table} WHERE name = ? AND taken_at = ?", name, now, table=table)
+    sql = "INSERT INTO {table} (taken_at, name, value) VALUES (?, ?, ?)"
+    db.done(sql, now, name, value + noted, table=table)
 
 
 # --- the database
@@ -145,21 +155,23 @@ class Database:
             self._db = connect(address, password)
         self.close = self._db.close
 
-    def done(self, sql: str, *values: object, where: str = "") -> Any:
-        """Run a statement, and return its cursor; without values it runs as it is."""
+    def done(self, sql: str, *values: object, where: str = "", **names: str) -> Any:
+        """Run a statement, and return its cursor. Names stand in {} in it; without any of them and
+        without values it runs as it is."""
+        if names:
+            sql = sql.format(**{key: self._name(text) for key, text in names.items()})
+        if values and self.kind != "sqlite":
+            sql = sql.replace("?", "%s")
         with one_line(where or self._where, self._db.Error):
             cursor = self._db.cursor()
-            if values:
-                sql = sql if self.kind == "sqlite" else sql.replace("?", "%s")
-                cursor.execute(sql, values)
-            else:
-                cursor.execute(sql)
+            cursor.execute(sql, *([values] if values else []))
             return cursor
 
-    def rows(self, sql: str, *values: object, where: str = "", most: int = 10**9) -> list[Any]:
-        cursor = self.done(sql, *values, where=where)
+    def rows(self, sql: str, *values: object, where: str = "", **names: str) -> list[Any]:
+        cursor = self.done(sql, *values, where=where, **names)
         with one_line(where or self._where, self._db.Error):
-            return [tuple(row) for row in cursor.fetchmany(most)] if cursor.description else []
+            found = cursor.fetchmany(MOST_ROWS + 1) if cursor.description else []
+            return [tuple(row) for row in found]
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -173,24 +185,17 @@ class Database:
                 self.done("ROLLBACK")
             raise
 
-    def name(self, text: str) -> str:
-        """Return a table or column as it stands in SQL; read_options() has checked its letters."""
-        mark = "`" if self.kind == "mysql" else '"'
-        return ".".join(f"{mark}{part}{mark}" for part in text.split("."))
-
     def make_series(self, table: str) -> None:
         """Make the table of the figures if it is not there: not all users may make one."""
         try:
-            self.rows(f"SELECT taken_at, name, value FROM {self.name(table)} WHERE 1 = 0")
+            self.done("SELECT taken_at, name, value FROM {table} WHERE 1 = 0", table=table)
         except DatabaseError:
-            self.done(f"""
-                CREATE TABLE IF NOT EXISTS {self.name(table)} (
-                    taken_at BIGINT NOT NULL,
-                    name {NAME_TYPE[self.kind]} NOT NULL,
-                    value DOUBLE PRECISION NOT NULL,
-                    PRIMARY KEY (name, taken_at)
-                )
-            """)
+            self.done(SERIES.replace("NAME_TYPE", NAME_TYPE[self.kind]), table=table)
+
+    def _name(self, text: str) -> str:
+        """Return a table or column as it stands in SQL; read_options() has checked its letters."""
+        mark = "`" if self.kind == "mysql" else '"'
+        return ".".join(f"{mark}{part}{mark}" for part in text.split("."))
 
 
 @contextlib.contextmanager
@@ -315,9 +320,7 @@ def read_option(key: str, value: Any) -> Any:
         value = tuple(value)
     texts = value if kind is tuple else (value,) if kind is str else ()
     if type(value) is not kind or not all(isinstance(text, str) for text in texts):
-        raise ValueError(
-            f"options.{key}: must be {'a list of texts' if kind is tuple else 'text in quotes'}"
-        )
+        raise ValueError(f"options.{key}: must be {TYPES[kind]}")
     if any(re.search(r"[\0\r\n]", text) for text in texts):
         raise ValueError(f"options.{key}: must stand on one line; remove what breaks it")
     return value
@@ -325,6 +328,9 @@ def read_option(key: str, value: Any) -> Any:
 
 # --- by hand: a chart of what was collected
 
+COLLECTED = """
+    SELECT name, taken_at, value FROM {table} WHERE taken_at >= ? ORDER BY name, taken_at
+"""
 Points = list[tuple[float, float]]
 
 
@@ -342,10 +348,8 @@ def main(arguments: list[str]) -> int:
     words.add_argument("name", nargs="*", help="which figures (all)")
     given = words.parse_args(arguments)
     try:
-        if not is_database(os.path.abspath(given.database)) and not is_database(given.database):
-            raise DatabaseError(f"{given.database}: is no path and no address of a database")
-        if not is_name(given.table):
-            raise DatabaseError(f"--table {given.table}: is no name of a table")
+        if not is_name(given.table) or not given.days > 0:
+            raise DatabaseError("--table must be a name, and --days more than 0")
         until = time.time()
         series = collected(given, until - given.days * DAY)
         write(given.plot, chart(series, until - given.days * DAY, until))
@@ -357,12 +361,14 @@ def main(arguments: list[str]) -> int:
 
 def collected(given: Any, since: float) -> dict[str, Points]:
     """Return the points of each figure, oldest first."""
-    address = given.database if urlsplit(given.database).scheme else os.path.abspath(given.database)
+    is_url = re.match("[a-z]+://", given.database)
+    address = given.database if is_url else os.path.abspath(given.database)
+    if not is_database(address):
+        raise DatabaseError(f"{address}: is no path and no address of a database")
     password = os.environ.get("DATABASE_PASSWORD", "")
     series: dict[str, Points] = {name: [] for name in given.name}
     with contextlib.closing(Database(address, password, given.database)) as db:
-        sql = f"SELECT name, taken_at, value FROM {db.name(given.table)} WHERE taken_at >= ?"
-        for name, taken_at, value in db.rows(f"{sql} ORDER BY name, taken_at", int(since)):
+        for name, taken_at, value in db.done(COLLECTED, int(since), table=given.table).fetchall():
             if not given.name or name in series:
                 series.setdefault(name, []).append((float(taken_at), float(value)))
     for name in [name for name in series if not series[name]]:
@@ -381,6 +387,23 @@ def write(path: str, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
         raise
+
+
+class Frame(NamedTuple):
+    """Where a moment and a value stand in the picture."""
+
+    since: float
+    until: float
+    bottom: float
+    top: float
+
+    def x(self, moment: float) -> float:
+        share = (moment - self.since) / (self.until - self.since)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        share = (value - self.bottom) / (self.top - self.bottom)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
 
 def thinned(points: Points, since: float, until: float) -> Points:
@@ -407,49 +430,37 @@ def chart(series: dict[str, Points], since: float, until: float) -> str:
     series = {name: thinned(points, since, until) for name, points in series.items()}
     values = [value for points in series.values() for _, value in points]
     marks = scale(min([0.0, *values]), max([0.0, *values]))
-    bottom, top = marks[0], marks[-1]
-
-    def x(moment: float) -> float:
-        return round(LEFT + (moment - since) / (until - since) * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(value: float) -> float:
-        return round(
-            HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM), 1
-        )
-
+    frame = Frame(since, until, marks[0], marks[-1])
     height = HEIGHT + 20 * len(series) + 10
     size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+    look = 'role="img" font-family="sans-serif" font-size="12"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size} font-family="sans-serif"'
-        ' font-size="12">',
-        f"<title>{shown(', '.join(series) or 'nothing collected yet')}</title>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>',
+        f"<title>{shown(', '.join(series) or 'nothing was collected')}</title>",
         '<rect width="100%" height="100%" fill="#ffffff"/>',
+        *grid(frame, marks),
     ]
-    for value in marks:
-        lines.append(f'<path d="M{LEFT} {y(value)}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
-        lines.append(
-            f'<text x="{LEFT - 8}" y="{y(value) + 4}" text-anchor="end">{value:,.10g}</text>'
-        )
-    for moment in (since + step * (until - since) / 6 for step in range(7)):
-        stamp = time.strftime("%m-%d %H:%M", time.localtime(moment))
-        anchor = "end" if moment == until else "middle"
-        lines.append(
-            f'<text x="{x(moment)}" y="{HEIGHT - BOTTOM + 20}" text-anchor="{anchor}">{stamp}</text>'
-        )
     for number, (name, points) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        lines.append(drawn([(x(at), y(value)) for at, value in points], y(0.0), colour))
-        lines += legend(name, points, HEIGHT + 20 * number, colour)
+        places = [(frame.x(moment), frame.y(value)) for moment, value in points]
+        lines.append(drawn(places, frame.y(0.0), colour))
+        y, facts = HEIGHT + 20 * number, summary([value for _, value in points])
+        lines.append(f'<rect x="{LEFT}" y="{y - 9}" width="16" height="10" fill="{colour}"/>')
+        lines.append(f'<text x="{LEFT + 24}" y="{y}">{shown(name)}: {facts}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
-def legend(name: str, points: Points, y: float, colour: str) -> list[str]:
-    values = [value for _, value in points]
-    facts = f"{summary(values)}"
-    return [
-        f'<rect x="{LEFT}" y="{y - 9}" width="16" height="10" fill="{colour}"/>',
-        f'<text x="{LEFT + 24}" y="{y}">{shown(name)}: {facts}</text>',
-    ]
+def grid(frame: Frame, marks: list[float]) -> Iterator[str]:
+    for value in marks:
+        y = frame.y(value)
+        yield f'<path d="M{LEFT} {y}H{WIDTH - RIGHT}" stroke="#dddddd"/>'
+        yield f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{value:,.10g}</text>'
+    for step in range(7):
+        moment = frame.since + step * (frame.until - frame.since) / 6
+        stamp = time.strftime("%m-%d %H:%M", time.localtime(moment))
+        place = f'x="{frame.x(moment)}" y="{HEIGHT - BOTTOM + 20}"'
+        anchor = "end" if step == 6 else "middle"
+        yield f'<text {place} text-anchor="{anchor}">{stamp}</text>'
 
 
 def scale(low: float, high: float) -> list[float]:

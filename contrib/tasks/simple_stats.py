@@ -30,7 +30,8 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
@@ -42,21 +43,22 @@ NAME_TYPE = {
     "postgresql": "VARCHAR(100)",
     "mysql": "VARCHAR(100) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",  # else `a` and `A` are one
 }
+SERIES = """
+    CREATE TABLE IF NOT EXISTS {table} (
+        taken_at BIGINT NOT NULL, -- Unix seconds
+        name NAME_TYPE NOT NULL,
+        value DOUBLE PRECISION NOT NULL,
+        PRIMARY KEY (name, taken_at)
+    )
+"""
 MOST_NAME = 100
 WIDTH, HEIGHT = 960, 400
 LEFT, RIGHT, TOP, BOTTOM = 80, 20, 20, 40  # around the lines
 DAY = 86400
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-)  # Okabe, Ito
+# of Okabe and Ito, which all eyes can tell apart
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
-MOST_ROWS = 1000
+MOST_ROWS = 1000  # of one query
 READ_ONLY = {
     "sqlite": "PRAGMA query_only = 1",
     "postgresql": "SET default_transaction_read_only = on",
@@ -123,7 +125,7 @@ def read_figures(db: Database, name: str, sql: str) -> dict[str, float]:
     """Return what a query yields, by the names under which it is kept."""
     where = f"options.queries.{name}"
     try:
-        rows = db.rows(sql, where=where, most=MOST_ROWS + 1)
+        rows = db.rows(sql, where=where)
     except DatabaseError as error:
         raise QueryError(str(error)) from None
     if len(rows) > MOST_ROWS:
@@ -147,10 +149,10 @@ def number(value: Any, where: str) -> float:
 def keep(db: Database, table: str, figures: dict[str, float], now: int) -> None:
     with db.transaction():
         for name, value in figures.items():
-            where = f"{db.name(table)} WHERE name = ? AND taken_at = ?"
-            db.done(f"DELETE FROM {where}", name, now)  # of another run in this second
-            sql = f"INSERT INTO {db.name(table)} (taken_at, name, value) VALUES (?, ?, ?)"
-            db.done(sql, now, name, value)
+            # of another run in this second
+            db.done("DELETE FROM {table} WHERE name = ? AND taken_at = ?", name, now, table=table)
+            sql = "INSERT INTO {table} (taken_at, name, value) VALUES (?, ?, ?)"
+            db.done(sql, now, name, value, table=table)
 
 
 # --- the database
@@ -165,21 +167,23 @@ class Database:
             self._db = connect(address, password)
         self.close = self._db.close
 
-    def done(self, sql: str, *values: object, where: str = "") -> Any:
-        """Run a statement, and return its cursor; without values it runs as it is."""
+    def done(self, sql: str, *values: object, where: str = "", **names: str) -> Any:
+        """Run a statement, and return its cursor. Names stand in {} in it; without any of them and
+        without values it runs as it is."""
+        if names:
+            sql = sql.format(**{key: self._name(text) for key, text in names.items()})
+        if values and self.kind != "sqlite":
+            sql = sql.replace("?", "%s")
         with one_line(where or self._where, self._db.Error):
             cursor = self._db.cursor()
-            if values:
-                sql = sql if self.kind == "sqlite" else sql.replace("?", "%s")
-                cursor.execute(sql, values)
-            else:
-                cursor.execute(sql)
+            cursor.execute(sql, *([values] if values else []))
             return cursor
 
-    def rows(self, sql: str, *values: object, where: str = "", most: int = 10**9) -> list[Any]:
-        cursor = self.done(sql, *values, where=where)
+    def rows(self, sql: str, *values: object, where: str = "", **names: str) -> list[Any]:
+        cursor = self.done(sql, *values, where=where, **names)
         with one_line(where or self._where, self._db.Error):
-            return [tuple(row) for row in cursor.fetchmany(most)] if cursor.description else []
+            found = cursor.fetchmany(MOST_ROWS + 1) if cursor.description else []
+            return [tuple(row) for row in found]
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -193,24 +197,17 @@ class Database:
                 self.done("ROLLBACK")
             raise
 
-    def name(self, text: str) -> str:
-        """Return a table or column as it stands in SQL; read_options() has checked its letters."""
-        mark = "`" if self.kind == "mysql" else '"'
-        return ".".join(f"{mark}{part}{mark}" for part in text.split("."))
-
     def make_series(self, table: str) -> None:
         """Make the table of the figures if it is not there: not all users may make one."""
         try:
-            self.rows(f"SELECT taken_at, name, value FROM {self.name(table)} WHERE 1 = 0")
+            self.done("SELECT taken_at, name, value FROM {table} WHERE 1 = 0", table=table)
         except DatabaseError:
-            self.done(f"""
-                CREATE TABLE IF NOT EXISTS {self.name(table)} (
-                    taken_at BIGINT NOT NULL,
-                    name {NAME_TYPE[self.kind]} NOT NULL,
-                    value DOUBLE PRECISION NOT NULL,
-                    PRIMARY KEY (name, taken_at)
-                )
-            """)
+            self.done(SERIES.replace("NAME_TYPE", NAME_TYPE[self.kind]), table=table)
+
+    def _name(self, text: str) -> str:
+        """Return a table or column as it stands in SQL; read_options() has checked its letters."""
+        mark = "`" if self.kind == "mysql" else '"'
+        return ".".join(f"{mark}{part}{mark}" for part in text.split("."))
 
 
 @contextlib.contextmanager
@@ -265,7 +262,7 @@ class Options(NamedTuple):
     store: str = ""
     store_password: str = ""
     table: str = "statistic"
-    queries: dict[str, str] = {}
+    queries: Mapping[str, str] = MappingProxyType({})
 
 
 def is_database(address: str) -> bool:
@@ -289,15 +286,13 @@ def is_name(text: str) -> bool:
     return bool(re.fullmatch(r"\w+(\.\w+)*", text))
 
 
-ADDRESS = (
-    "must be the path of an SQLite file, postgresql://user@host/name or mysql://user@host/name"
-)
-NO_PASSWORD = "must not hold the password, which others could see; set options."
+ADDRESS = "must be the path of an SQLite file, postgresql://... or mysql://user@host/name"
+HIDDEN = "must not hold the password, which others could see; set options."
 RULES = (
     ("database", lambda o: is_database(o.database), ADDRESS),
-    ("database", lambda o: not has_password(o.database), NO_PASSWORD + "password"),
+    ("database", lambda o: not has_password(o.database), HIDDEN + "password"),
     ("store", lambda o: not o.store or is_database(o.store), ADDRESS),
-    ("store", lambda o: not has_password(o.store), NO_PASSWORD + "store_password"),
+    ("store", lambda o: not has_password(o.store), HIDDEN + "store_password"),
     ("table", lambda o: is_name(o.table), "must be a name of letters, digits and _"),
     ("queries", lambda o: o.queries, 'is empty; set options.queries.NAME = "SELECT COUNT(*) ..."'),
     (
@@ -312,7 +307,8 @@ def read_options(given: dict[str, Any]) -> Options:
     """Return the options. Raises ValueError that says what is wrong with one of them."""
     queries = given.get("queries", {})
     if not isinstance(queries, dict):
-        raise ValueError('options.queries: must be a table, { name = "SELECT COUNT(*) ..." }')
+        text = 'options.queries: must be a table, { name = "SELECT COUNT(*) ..." }'
+        raise ValueError(text)  # noqa: TRY004 - all bad options are one
     prefix = "queries."  # as the param file sets one of them
     more = {key[len(prefix) :]: given[key] for key in given if key.startswith(prefix)}
     plain = {key: given[key] for key in given if key != "queries" and not key.startswith(prefix)}
@@ -334,6 +330,9 @@ def check_option(key: str, value: Any) -> None:
 
 # --- by hand: a chart of what was collected
 
+COLLECTED = """
+    SELECT name, taken_at, value FROM {table} WHERE taken_at >= ? ORDER BY name, taken_at
+"""
 Points = list[tuple[float, float]]
 
 
@@ -351,10 +350,8 @@ def main(arguments: list[str]) -> int:
     words.add_argument("name", nargs="*", help="which figures (all)")
     given = words.parse_args(arguments)
     try:
-        if not is_database(os.path.abspath(given.database)) and not is_database(given.database):
-            raise DatabaseError(f"{given.database}: is no path and no address of a database")
-        if not is_name(given.table):
-            raise DatabaseError(f"--table {given.table}: is no name of a table")
+        if not is_name(given.table) or not given.days > 0:
+            raise DatabaseError("--table must be a name, and --days more than 0")
         until = time.time()
         series = collected(given, until - given.days * DAY)
         write(given.plot, chart(series, until - given.days * DAY, until))
@@ -366,12 +363,14 @@ def main(arguments: list[str]) -> int:
 
 def collected(given: Any, since: float) -> dict[str, Points]:
     """Return the points of each figure, oldest first."""
-    address = given.database if urlsplit(given.database).scheme else os.path.abspath(given.database)
+    is_url = re.match("[a-z]+://", given.database)
+    address = given.database if is_url else os.path.abspath(given.database)
+    if not is_database(address):
+        raise DatabaseError(f"{address}: is no path and no address of a database")
     password = os.environ.get("DATABASE_PASSWORD", "")
     series: dict[str, Points] = {name: [] for name in given.name}
     with contextlib.closing(Database(address, password, given.database)) as db:
-        sql = f"SELECT name, taken_at, value FROM {db.name(given.table)} WHERE taken_at >= ?"
-        for name, taken_at, value in db.rows(f"{sql} ORDER BY name, taken_at", int(since)):
+        for name, taken_at, value in db.done(COLLECTED, int(since), table=given.table).fetchall():
             if not given.name or name in series:
                 series.setdefault(name, []).append((float(taken_at), float(value)))
     for name in [name for name in series if not series[name]]:
@@ -392,13 +391,29 @@ def write(path: str, text: str) -> None:
         raise
 
 
+class Frame(NamedTuple):
+    """Where a moment and a value stand in the picture."""
+
+    since: float
+    until: float
+    bottom: float
+    top: float
+
+    def x(self, moment: float) -> float:
+        share = (moment - self.since) / (self.until - self.since)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        share = (value - self.bottom) / (self.top - self.bottom)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+
 def thinned(points: Points, since: float, until: float) -> Points:
     """Return at most a point for each pixel: the mean of those that fall on it."""
     columns: dict[int, Points] = {}
     for moment, value in points:
-        columns.setdefault(int((moment - since) / (until - since) * WIDTH), []).append(
-            (moment, value)
-        )
+        column = int((moment - since) / (until - since) * WIDTH)
+        columns.setdefault(column, []).append((moment, value))
     return [
         (sum(at for at, _ in those) / len(those), sum(value for _, value in those) / len(those))
         for those in columns.values()
@@ -421,49 +436,37 @@ def chart(series: dict[str, Points], since: float, until: float) -> str:
     series = {name: thinned(points, since, until) for name, points in series.items()}
     values = [value for points in series.values() for _, value in points]
     marks = scale(min([0.0, *values]), max([0.0, *values]))
-    bottom, top = marks[0], marks[-1]
-
-    def x(moment: float) -> float:
-        return round(LEFT + (moment - since) / (until - since) * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(value: float) -> float:
-        return round(
-            HEIGHT - BOTTOM - (value - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM), 1
-        )
-
+    frame = Frame(since, until, marks[0], marks[-1])
     height = HEIGHT + 20 * len(series) + 10
     size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+    look = 'role="img" font-family="sans-serif" font-size="12"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size} font-family="sans-serif"'
-        ' font-size="12">',
-        f"<title>{shown(', '.join(series) or 'nothing collected yet')}</title>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>',
+        f"<title>{shown(', '.join(series) or 'nothing was collected')}</title>",
         '<rect width="100%" height="100%" fill="#ffffff"/>',
+        *grid(frame, marks),
     ]
-    for value in marks:
-        lines.append(f'<path d="M{LEFT} {y(value)}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
-        lines.append(
-            f'<text x="{LEFT - 8}" y="{y(value) + 4}" text-anchor="end">{value:,.10g}</text>'
-        )
-    for moment in (since + step * (until - since) / 6 for step in range(7)):
-        stamp = time.strftime("%m-%d %H:%M", time.localtime(moment))
-        anchor = "end" if moment == until else "middle"
-        lines.append(
-            f'<text x="{x(moment)}" y="{HEIGHT - BOTTOM + 20}" text-anchor="{anchor}">{stamp}</text>'
-        )
     for number, (name, points) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        lines.append(drawn([(x(at), y(value)) for at, value in points], y(0.0), colour))
-        lines += legend(name, points, HEIGHT + 20 * number, colour)
+        places = [(frame.x(moment), frame.y(value)) for moment, value in points]
+        lines.append(drawn(places, frame.y(0.0), colour))
+        y, facts = HEIGHT + 20 * number, summary([value for _, value in points])
+        lines.append(f'<rect x="{LEFT}" y="{y - 9}" width="16" height="10" fill="{colour}"/>')
+        lines.append(f'<text x="{LEFT + 24}" y="{y}">{shown(name)}: {facts}</text>')
     return "\n".join([*lines, "</svg>", ""])
 
 
-def legend(name: str, points: Points, y: float, colour: str) -> list[str]:
-    values = [value for _, value in points]
-    facts = f"{summary(values)}"
-    return [
-        f'<rect x="{LEFT}" y="{y - 9}" width="16" height="10" fill="{colour}"/>',
-        f'<text x="{LEFT + 24}" y="{y}">{shown(name)}: {facts}</text>',
-    ]
+def grid(frame: Frame, marks: list[float]) -> Iterator[str]:
+    for value in marks:
+        y = frame.y(value)
+        yield f'<path d="M{LEFT} {y}H{WIDTH - RIGHT}" stroke="#dddddd"/>'
+        yield f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{value:,.10g}</text>'
+    for step in range(7):
+        moment = frame.since + step * (frame.until - frame.since) / 6
+        stamp = time.strftime("%m-%d %H:%M", time.localtime(moment))
+        place = f'x="{frame.x(moment)}" y="{HEIGHT - BOTTOM + 20}"'
+        anchor = "end" if step == 6 else "middle"
+        yield f'<text {place} text-anchor="{anchor}">{stamp}</text>'
 
 
 def scale(low: float, high: float) -> list[float]:

@@ -432,9 +432,9 @@ def mail_all(ledger: Ledger, new: list[Crossing], options: Options, zone: Zone) 
 
 def addresses(item: Item, options: Options) -> list[str]:
     """Return who is told of an item: whom it names itself, if these can be addresses."""
-    named = re.split(r"[,;\s]+", str(item.columns.get("mail_to") or ""))
-    good = [address for address in named if re.fullmatch(ADDRESS, address)]
-    return list(dict.fromkeys(good or options.mail_to))
+    named = re.findall(r"[^,;\s]+", str(item.columns.get("mail_to") or ""))
+    good = named and all(re.fullmatch(ADDRESS, address) for address in named)
+    return list(dict.fromkeys(named if good else options.mail_to))
 
 
 def mail(address: str, crossings: list[Crossing], zone: Zone) -> bytes:

@@ -39,7 +39,7 @@ from xml.sax.saxutils import escape
 
 CONNECT_SECONDS = 30
 MYSQL_OPTIONS = {"unix_socket", "ssl_ca"}  # what may follow ? in mysql://...
-TYPES = {str: "text in quotes", tuple: "a list of texts"}
+TYPES: dict[type[object], str] = {str: "text in quotes", tuple: "a list of texts"}
 NAME_TYPE = {
     "sqlite": "VARCHAR(100)",
     "postgresql": "VARCHAR(100)",
@@ -121,10 +121,16 @@ def read_and_reset(db: Database, options: Options) -> dict[str, float]:
         if len(rows) > MOST_ROWS:
             raise DatabaseError(f"{options.counters}: has more than {MOST_ROWS} rows")
         for found, value in rows:
-            key = name or str(found)[:MOST_NAME].replace("\0", " ")
+            key = name or named("", found)
             counts[key] = counts.get(key, 0.0) + number(value, f"{options.counters} {found}")
         db.done(RESET + which, *values, **names)
     return counts
+
+
+def named(start: str, label: object) -> str:
+    """Return the name of a figure; MySQL has texts that come as bytes."""
+    text = label.decode("utf-8", "replace") if isinstance(label, bytes) else str(label)
+    return (start + text)[:MOST_NAME].replace("\0", " ")
 
 
 def number(value: Any, where: str) -> float:
@@ -313,7 +319,7 @@ def read_option(key: str, value: Any) -> Any:
     """Return a value as the type of its default: what a .toml leaves out is set as text."""
     if key not in Options._fields:
         raise ValueError(f"options.{key}: is unknown; there are {', '.join(Options._fields)}")
-    kind = type(Options._field_defaults[key])
+    kind: type[object] = type(Options._field_defaults[key])
     if kind is tuple and isinstance(value, str):
         value = tuple(re.split(r"\s*,\s*", value))
     elif isinstance(value, list):

@@ -131,12 +131,18 @@ def read_figures(db: Database, name: str, sql: str) -> dict[str, float]:
     if len(rows) > MOST_ROWS:
         raise QueryError(f"{where}: yields more than {MOST_ROWS} rows")
     if rows and len(rows[0]) == 2:
-        rows = [(f"{name}.{label}"[:MOST_NAME].replace("\0", " "), value) for label, value in rows]
+        rows = [(named(f"{name}.", label), value) for label, value in rows]
     elif len(rows) == 1 and len(rows[0]) == 1:
         rows = [(name, rows[0][0])]
     elif rows:
         raise QueryError(f"{where}: must yield one number, or rows of a label and a number")
     return {key: number(value, where) for key, value in rows if value is not None}
+
+
+def named(start: str, label: object) -> str:
+    """Return the name of a figure; MySQL has texts that come as bytes."""
+    text = label.decode("utf-8", "replace") if isinstance(label, bytes) else str(label)
+    return (start + text)[:MOST_NAME].replace("\0", " ")
 
 
 def number(value: Any, where: str) -> float:
@@ -312,9 +318,10 @@ def read_options(given: dict[str, Any]) -> Options:
     prefix = "queries."  # as the param file sets one of them
     more = {key[len(prefix) :]: given[key] for key in given if key.startswith(prefix)}
     plain = {key: given[key] for key in given if key != "queries" and not key.startswith(prefix)}
-    for key, value in (*plain.items(), *((prefix + key, sql) for key, sql in queries.items())):
+    queries = {**queries, **more}
+    for key, value in (*plain.items(), *((prefix + key, queries[key]) for key in queries)):
         check_option(key, value)
-    options = Options(**plain, queries={**queries, **more})
+    options = Options(**plain, queries=queries)
     for key, holds, rule in RULES:
         if not holds(options):
             raise ValueError(f"options.{key}: {rule}")

@@ -37,6 +37,7 @@ def run(task: Any) -> str | None:
     turn = task.state.get("turn", 0)
     outcome = options.outcomes[turn % len(options.outcomes)]
     task.state["turn"] = (turn + 1) % len(options.outcomes)
+    task.save()  # a crash must not repeat for ever
     print(f"run {task.run} takes {options.seconds} s and is to be: {outcome}", flush=True)
     for step in task.each(range(options.steps)):
         time.sleep(options.seconds / options.steps)

@@ -1,6 +1,6 @@
 """Real database servers for tests, on Unix sockets in a folder of their own, without root's rights.
 
-Both keep their data unsafe and fast. Their folder goes with them.
+Both keep their data unsafe and fast, in memory if there is a place. Their folder goes with them.
 """
 
 import os
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PASSWORD = "opensesame7"
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 PATHS = f"{os.environ.get('PATH', '')}:/usr/sbin"
 MARIADB = shutil.which("mariadbd", path=PATHS)
 POSTGRESQL = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
@@ -118,10 +119,12 @@ class MariaDB(Server):
 class PostgreSQL(Server):
     ready = "ready to accept connections"
 
-    def url(self, name="test", user="test"):
-        return f"postgresql://{user}@/{name}?host={self.folder}"
+    def url(self, name="public", user="test"):
+        """Return the address of a schema: one is made much faster than a database."""
+        place = f"host={self.folder}&options=-csearch_path%3D{name}"
+        return f"postgresql://{user}@/postgres?{place}"
 
-    def connect(self, name="postgres", user="test", **more):
+    def connect(self, name="public", user="test", **more):
         import psycopg
 
         return psycopg.connect(self.url(name, user), autocommit=True, **more)
@@ -143,12 +146,12 @@ class PostgreSQL(Server):
 
     def create(self, name):
         with self.connect() as db:
-            db.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+            db.execute(f"CREATE SCHEMA {name}")
 
 
 @contextmanager
 def running(kind):
-    with tempfile.TemporaryDirectory(prefix="sql") as folder:
+    with tempfile.TemporaryDirectory(prefix="sql", dir=MEMORY) as folder:
         server = {"mysql": MariaDB, "postgresql": PostgreSQL}[kind](Path(folder))
         try:
             server.prepare()

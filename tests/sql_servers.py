@@ -3,6 +3,7 @@
 Both keep their data unsafe and fast, in memory if there is a place. Their folder goes with them.
 """
 
+import importlib.util
 import os
 import pwd
 import shutil
@@ -16,12 +17,16 @@ from pathlib import Path
 PASSWORD = "opensesame7"
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 PATHS = f"{os.environ.get('PATH', '')}:/usr/sbin"
+DRIVER = "psycopg[binary]"
 MARIADB = shutil.which("mariadbd", path=PATHS)
 POSTGRESQL = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 
 
 def missing(kind):
     """Return why there is no such server here, or nothing."""
+    driver, package = {"mysql": ("pymysql", "PyMySQL"), "postgresql": ("psycopg", DRIVER)}[kind]
+    if not importlib.util.find_spec(driver):
+        return f"needs a driver: pip install '{package}'"
     if kind == "mysql" and not (MARIADB and shutil.which("mariadb-install-db", path=PATHS)):
         return "needs MariaDB: apt-get install mariadb-server"
     if kind == "postgresql" and not (POSTGRESQL and (POSTGRESQL / "initdb").exists()):
@@ -65,13 +70,14 @@ class Server:
     def said(self):
         return (self.folder / "said").read_text(errors="replace")
 
-    def stop(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
+    def stop(self):
+        self.process.send_signal(self.end)
         self.process.wait(60)
 
 
 class MariaDB(Server):
     ready = "ready for connections"
+    end = signal.SIGTERM
 
     @property
     def socket(self):
@@ -118,6 +124,7 @@ class MariaDB(Server):
 
 class PostgreSQL(Server):
     ready = "ready to accept connections"
+    end = signal.SIGINT  # it does not wait for who is still connected
 
     def url(self, name="public", user="test"):
         """Return the address of a schema: one is made much faster than a database."""

@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -94,18 +95,21 @@ def servers():
 
 
 @pytest.fixture
-def new_base(servers, tmp_path):
+def new_base(servers):
+    folder = tempfile.TemporaryDirectory(prefix="sql", dir=sql_servers.MEMORY)
+
     def make(kind):
         name = f"base{os.urandom(4).hex()}"
         if kind == "sqlite":
-            path = tmp_path / f"{name} ?#%.db"
+            path = Path(folder.name) / f"{name} ?#%.db"
             sqlite3.connect(path).close()
             return Base(kind, str(path), lambda: sqlite3.connect(path, isolation_level=None))
         server = servers(kind)
         server.create(name)
         return Base(kind, server.url(name), lambda: server.connect(name, user="test"), server)
 
-    return make
+    with folder:
+        yield make
 
 
 @pytest.fixture(params=KINDS)
@@ -283,6 +287,19 @@ def test_each_row_is_handed_over_once(site, waiting):
     ]
     assert waiting.rows() == [(number, "done", 1, None) for number in (1, 2, 3)]
     assert worker.outcome() == "nothing"
+
+
+def test_the_queue_of_the_readme(site, small):
+    worker = Installed(site, "queue_worker")
+    text = params("task.queue_worker", small.base.address)
+    site.params.write_text(text.replace("/srv/app/handle_row", small.options["program"][0]))
+    small.put(5)
+    assert worker.outcome() == "done", worker.said
+    again = re.search("`(UPDATE queue [^`]*)`", (TASKS / "README.md").read_text())[1]
+    small.base.do(again)
+    assert small.rows() == [(5, "planned", 0, None)]
+    assert worker.outcome() == "done", worker.said
+    assert [row["id"] for row in small.handed()] == [5, 5]
 
 
 def test_a_row_that_fails_comes_again_after_growing_gaps(waiting):
@@ -1120,6 +1137,18 @@ def test_nothing_is_noted_if_the_outbox_takes_no_mail(one_desk):
         one_desk.check("2026-03-02 12:00")
     one_desk.outbox.unlink()
     assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 % 1: printer"]}
+
+
+def test_a_memory_that_cannot_be_used_is_named(one_desk):
+    ledger = one_desk.folder / "figures.escalated.db"
+    ledger.write_text("no database" * 100)
+    one_desk.put(1, "2026-03-02 09:00", 1)
+    said = f"^{ledger}: file is not a database; without this file, all is escalated anew$"
+    with pytest.raises(check_thresholds.DatabaseError, match=said):
+        one_desk.check("2026-03-02 12:00")
+    assert one_desk.names() == []
+    ledger.unlink()
+    one_desk.check("2026-03-02 12:00")
 
 
 def test_a_toml_without_settings_says_what_it_needs(site, one_desk):

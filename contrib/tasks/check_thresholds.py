@@ -92,20 +92,35 @@ def check(task: Any, now: float) -> str | None:
     if not {"outbox", "timezone"} <= task.settings.keys():  # of a .toml without them
         raise ValueError('settings: must be ["outbox", "timezone"], as in check_thresholds.py')
     zone = read_zone(options.timezone or task.settings["timezone"])
-    with contextlib.closing(Ledger(task, now)) as ledger:
-        ledger.show_mails()  # of a run that was killed
-        items, problems = read_items(options, zone, now)
-        new = ledger.new_ones(crossings(items, options.limits))
-        if options.command:
-            problems += call_each(task, ledger, new, options)
-        elif new:
-            mail_all(ledger, new, options, zone)
-            task.add_volume(len(new))
-        ledger.forget(items)
+    items, problems = read_items(options, zone, now)
+    path = os.path.join(task.state_dir, f"{task.name}.escalated.db")
+    try:
+        with contextlib.closing(Ledger(path, task, now)) as ledger:
+            new, more = escalate(task, ledger, items, options, zone)
+    except sqlite3.Error as error:
+        text = f"{path}: {error}; without this file, all is escalated anew"
+        raise DatabaseError(text) from None
+    problems += more
     if problems:
         raise ItemError(f"{len(problems)} could not be handled; the last: {problems[-1]}")
     task.message = f"{task.volume} escalated" if new else ""
     return None if new else task.NOTHING
+
+
+def escalate(
+    task: Any, ledger: Ledger, items: list[Item], options: Options, zone: Zone
+) -> tuple[int, list[str]]:
+    """Return how many limits were crossed anew, and what is wrong with some."""
+    problems: list[str] = []
+    ledger.show_mails()  # of a run that was killed
+    new = ledger.new_ones(crossings(items, options.limits))
+    if options.command:
+        problems = call_each(task, ledger, new, options)
+    elif new:
+        mail_all(ledger, new, options, zone)
+        task.add_volume(len(new))
+    ledger.forget(items)
+    return len(new), problems
 
 
 # --- what the queries yield
@@ -346,9 +361,8 @@ def crossings(items: list[Item], limits: tuple[int, ...]) -> list[Crossing]:
 class Ledger:
     """An SQLite file that remembers what was escalated, and which mails are not shown yet."""
 
-    def __init__(self, task: Any, now: float) -> None:
+    def __init__(self, path: str, task: Any, now: float) -> None:
         self._task, self._now, self._outbox = task.name, now, task.settings["outbox"]
-        path = os.path.join(task.state_dir, f"{task.name}.escalated.db")
         self._db = sqlite3.connect(path, isolation_level=None, timeout=CONNECT_SECONDS)
         self.close = self._db.close
         self._db.execute("""

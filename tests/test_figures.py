@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -1133,17 +1134,32 @@ def test_the_outbox_is_sent_by_bgtasks(site, one_desk):
 def test_nothing_is_noted_if_the_outbox_takes_no_mail(one_desk):
     one_desk.put(1, "2026-03-02 09:00", 1)
     one_desk.outbox.write_text("no folder")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(check_thresholds.OutboxError, match=f"^{one_desk.outbox}: File exists$"):
         one_desk.check("2026-03-02 12:00")
     one_desk.outbox.unlink()
     assert one_desk.escalated("2026-03-02 12:00") == {"desk@example.org": ["100 % 1: printer"]}
+
+
+def test_a_full_disk_leaves_nothing_half(one_desk):
+    one_desk.check("2026-03-02 09:00")  # makes the memory
+    one_desk.put(1, "2026-03-02 09:00", 1, "x" * 200)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(check_thresholds.OutboxError, match="File too large"):
+            one_desk.check("2026-03-02 12:00")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert one_desk.names() == []
+    one_desk.check("2026-03-02 12:00")
+    assert len(one_desk.names()) == 1
 
 
 def test_a_memory_that_cannot_be_used_is_named(one_desk):
     ledger = one_desk.folder / "figures.escalated.db"
     ledger.write_text("no database" * 100)
     one_desk.put(1, "2026-03-02 09:00", 1)
-    said = f"^{ledger}: file is not a database; without this file, all is escalated anew$"
+    said = f"^{ledger}: file is not a database; remove it, and all is escalated anew$"
     with pytest.raises(check_thresholds.DatabaseError, match=said):
         one_desk.check("2026-03-02 12:00")
     assert one_desk.names() == []
@@ -1301,6 +1317,13 @@ def test_figures_may_be_kept_elsewhere(stats, tmp_path):
         assert db.execute("SELECT name, value FROM statistic").fetchall() == [("users", 4.0)]
     with pytest.raises(Exception, match="statistic"):
         stats.series()
+
+
+def test_a_store_in_no_folder_is_named(few_stats):
+    few_stats.options["store"] = "/does/not/exist.db"
+    said = "^options.store: /does/not/exist.db: No such file or directory$"
+    with pytest.raises(simple_stats.DatabaseError, match=said):
+        few_stats.take()
 
 
 BAD_QUERIES = {

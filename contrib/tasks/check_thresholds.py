@@ -79,6 +79,10 @@ class DatabaseError(Exception):
     """The database cannot be used, or does not yield what is needed; the run ends."""
 
 
+class OutboxError(Exception):
+    """The outbox takes no mail; nothing is noted, so the next run tries again."""
+
+
 class ItemError(Exception):
     """An item cannot be judged or escalated; the others go on."""
 
@@ -98,8 +102,9 @@ def check(task: Any, now: float) -> str | None:
         with contextlib.closing(Ledger(path, task, now)) as ledger:
             new, more = escalate(task, ledger, items, options, zone)
     except sqlite3.Error as error:
-        text = f"{path}: {error}; without this file, all is escalated anew"
-        raise DatabaseError(text) from None
+        damaged = type(error) is sqlite3.DatabaseError  # others, such as a full disk, pass
+        text = "; remove it, and all is escalated anew" if damaged else ""
+        raise DatabaseError(f"{path}: {error}{text}") from None
     problems += more
     if problems:
         raise ItemError(f"{len(problems)} could not be handled; the last: {problems[-1]}")
@@ -389,12 +394,18 @@ class Ledger:
     def hide_mail(self, content: bytes) -> str:
         """Write a mail, and return the name under which it is to be shown."""
         name = f"{self._task}.{os.urandom(8).hex()}.eml"  # no name of a task holds a dot
-        os.makedirs(self._outbox, mode=0o700, exist_ok=True)
-        fd = os.open(self._place(f".{name}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with open(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
+        hidden = self._place(f".{name}")
+        try:
+            os.makedirs(self._outbox, mode=0o700, exist_ok=True)
+            fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with open(fd, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(fd)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(hidden)
+            raise OutboxError(f"{self._outbox}: {error.strerror}") from None
         return name
 
     def show_mails(self) -> None:

@@ -111,8 +111,11 @@ def source(options: Options) -> Database:
 def store(options: Options) -> Database:
     """Return the database of the figures; a file is made if it is not there, but no folder."""
     if options.store.startswith("/"):
-        with open(options.store, "ab"):
-            pass
+        try:
+            open(options.store, "ab").close()
+        except OSError as error:
+            text = f"options.store: {options.store}: {error.strerror}"
+            raise DatabaseError(text) from None
     if options.store:
         db = Database(options.store, options.store_password, "options.store")
     else:

@@ -28,9 +28,11 @@ A row is taken by one UPDATE that only succeeds if nobody else has taken it sinc
 so any number of workers, on any number of machines, share a table. All times are those of the
 database's clock. While a program works, no connection to the database is held.
 
-A row is handed to the program once if all goes well. It comes again if the program failed, or if
-the machine or the database went down before the result was noted: let the program look at the id.
-The program must not leave processes behind that go on working.
+A row is handed to the program once if all goes well. It comes again if the program failed, and if
+it ended well but this could not be noted: the worker was killed, or could not reach the database,
+in that moment. Another one takes it from a machine that stood still for more than a minute. So let
+the program look at the id. A program whose time is up is killed, but not what it started: that may
+go on until the run ends.
 """
 
 from __future__ import annotations
@@ -95,14 +97,9 @@ def run(task: Any) -> str | None:
             problem = f"{row.id}: {why}"
     if problem:
         raise QueueError(f"{counts['error']} given up in {options.table}; the last: {problem}")
-    return result(task, counts)
-
-
-def result(task: Any, counts: dict[str, int]) -> str | None:
-    if not any(counts.values()):
-        return task.NOTHING
-    task.message = f"{counts['done']} done, {counts['planned']} to be tried again"
-    return None
+    if any(counts.values()):
+        task.message = f"{counts['done']} done, {counts['planned']} to be tried again"
+    return None if any(counts.values()) else task.NOTHING
 
 
 def handle(queue: Queue, row: Row, options: Options) -> tuple[str, str]:
@@ -110,12 +107,11 @@ def handle(queue: Queue, row: Row, options: Options) -> tuple[str, str]:
     if row.status == "running" and row.attempts > options.max_retries:
         why = f"was begun {row.attempts} times, and left behind by a crash"
         return ("error" if queue.note(row, "error", why) else ""), why
-    found = queue.take(row)
-    if not found:
+    taken = queue.take(row)
+    if not taken:
         return "", ""
-    taken, content = found
     try:
-        call(options, taken, content)
+        call(options, taken, queue.content(taken))
         status, why = "done", ""
     except RowError as error:
         status, why = ("planned" if taken.attempts <= options.max_retries else "error"), str(error)
@@ -149,6 +145,8 @@ def call(options: Options, row: Row, content: dict[str, Any]) -> None:
             raise RowError(f"the program did not end within {seconds} s{tail(said)}") from None
         except (OSError, ValueError) as error:  # ValueError: NUL in an id
             raise RowError(f"the program did not start: {error}") from None
+        if tail(said):
+            print(f"{options.table} {row.id}{tail(said)}", flush=True)
 
 
 def as_json(value: object) -> object:
@@ -211,15 +209,23 @@ class Queue:
         with self._opened() as db:
             return [Row(**row) for row in self._rows(db, sql, LOOKED_AT)]
 
-    def take(self, row: Row) -> tuple[Row, dict[str, Any]] | None:
-        """Make a row ours and return it with its content, or None if it is somebody else's."""
+    def take(self, row: Row) -> Row | None:
+        """Make a row ours, or return None if it is somebody else's."""
         seconds = self._options.program_timeout + LEFT_BEHIND_SECONDS
         with self._opened() as db:
             taken = Row(row.id, "running", row.attempts + 1, self._moment(db, seconds))
-            if not self._change(db, row, taken):
-                return None
-            found = self._rows(db, "SELECT * FROM {table} WHERE {id} = ?", row.id)
-        return (taken, found[0]) if found else None
+            return taken if self._change(db, row, taken) else None
+
+    def content(self, row: Row) -> dict[str, Any]:
+        """Return all columns of a row. Raises RowError if a driver has no value for one of them."""
+        try:
+            with self._opened() as db:
+                found = self._rows(db, "SELECT * FROM {table} WHERE {id} = ?", row.id)
+        except DatabaseError as error:
+            raise RowError(f"the row cannot be read: {error}") from None
+        if len(found) != 1:
+            raise RowError(f"{len(found)} rows have this {self._options.id_column}")
+        return found[0]
 
     def _moment(self, db: Database, seconds: int) -> int:
         """Return the Unix seconds that the database's clock will show in so many seconds."""
@@ -247,7 +253,8 @@ class Queue:
 
     def note(self, row: Row, status: str, why: str) -> bool:
         """Write down how a row ended; return False if it is somebody else's now."""
-        delay = min(self._options.retry_delay << min(row.attempts - 1, 30), LONGEST_DELAY)
+        doubled = self._options.retry_delay << max(0, min(row.attempts - 1, 30))
+        delay = min(doubled, LONGEST_DELAY)
         with self._opened() as db:
             moment = self._moment(db, delay if status == "planned" else 0)
             return self._change(db, row, Row(row.id, status, row.attempts, moment), why or None)

@@ -22,7 +22,7 @@
 
 The query yields a row for each item whose clock runs, with these columns, and others as you like:
 
-* id: text or number that names the item, such as `TTR of ticket 12`.
+* id: text or number that names the item and the limit, such as `TTR of ticket 12`.
 * started: when its clock began. Where this changes, it is another clock, and escalates anew.
 * seconds: of working time until 100 %. Or due: the moment of 100 %, had there been no pauses.
 * paused (may be missing): seconds of working time that were spent in pauses.
@@ -63,8 +63,8 @@ CONNECT_SECONDS = 30
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DAY = 86400
 FARTHEST = 100 * 365 * DAY  # a clock that is due in the year 9999 need not be counted day by day
-REMEMBERED = 90 * DAY  # after an item was escalated and is no longer in the query
-ADDRESS = r"[^\s@,;<>\"()]+@[^\s@,;<>\"()]+"
+REMEMBERED = 90 * DAY  # after an item has left the query
+ADDRESS = r"(?a)(?!-)[\w.!#$%&'*+/=^`{|}~-]+@[\w.-]+"  # what a mail can be sent to without SMTPUTF8
 TYPES = {str: "text in quotes", int: "a whole number", tuple: "a list"}
 MYSQL_OPTIONS = {"unix_socket", "ssl_ca"}  # what may follow ? in mysql://...
 READ_ONLY = {
@@ -99,8 +99,8 @@ def check(task: Any, now: float) -> str | None:
     items, problems = read_items(options, zone, now)
     path = os.path.join(task.state_dir, f"{task.name}.escalated.db")
     try:
-        with contextlib.closing(Ledger(path, task, now)) as ledger:
-            new, more = escalate(task, ledger, items, options, zone)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            new, more = escalate(task, Ledger(db, task, now), items, options, zone)
     except sqlite3.Error as error:
         damaged = type(error) is sqlite3.DatabaseError  # others, such as a full disk, pass
         text = "; remove it, and all is escalated anew" if damaged else ""
@@ -159,6 +159,7 @@ def asked(options: Options) -> tuple[list[dict[str, Any]], dict[str, list[dict[s
     """Return the rows of the first query, and those of the second by their id."""
     pauses: dict[str, list[dict[str, Any]]] = {}
     with contextlib.closing(Database(options.database, options.password)) as db:
+        db.rows("database", READ_ONLY[urlsplit(options.database).scheme or "sqlite"])
         rows = yielded(db, "query", options.query, {"id", "started"})
         if rows and not {"seconds", "due"} & rows[0].keys():
             raise DatabaseError("options.query: yields neither a column seconds nor due")
@@ -178,10 +179,12 @@ def yielded(db: Database, key: str, sql: str, needed: set[str]) -> list[dict[str
 def read_clock(row: dict[str, Any], pauses: list[dict[str, Any]], zone: Zone, now: float) -> Clock:
     if row["id"] is None:
         raise ItemError("has no id")
-    due = row.get("due")
+    started, due = moment(row["started"], zone), row.get("due")
+    if abs(started - now) > FARTHEST:  # milliseconds, or the 0001-01-01 of who stores no NULL
+        raise ItemError(f"started {row['started']}, which is more than 100 years away")
     return Clock(
         row,
-        min(max(moment(row["started"], zone), now - FARTHEST), now + FARTHEST),
+        started,
         None if due is None else min(max(moment(due, zone), now - FARTHEST), now + FARTHEST),
         number(row.get("seconds"), "seconds (nor due)") if due is None else 0.0,
         [
@@ -265,7 +268,8 @@ class Calendar:
         day = dt.datetime.fromtimestamp(first - 2 * DAY, self._zone).date()
         end = dt.datetime.fromtimestamp(last + 2 * DAY, self._zone).date()
         while day <= end:
-            if not {f"{day}", f"{day:%m-%d}"} & self._holidays:
+            text = day.isoformat()
+            if text not in self._holidays and text[5:] not in self._holidays:
                 midnight = dt.datetime.combine(day, dt.time())
                 for span in self._spans:
                     if day.weekday() in span.days:
@@ -316,13 +320,16 @@ class Item(NamedTuple):
     elapsed: float
     columns: dict[str, Any]
 
+    def key(self) -> tuple[str, float]:
+        return self.id, self.started
+
 
 class Crossing(NamedTuple):
     item: Item
     limit: int  # percent
 
     def key(self) -> tuple[str, float, int]:
-        return self.item.id, self.item.started, self.limit
+        return (*self.item.key(), self.limit)
 
 
 def read_items(options: Options, zone: Zone, now: float) -> tuple[list[Item], list[str]]:
@@ -334,7 +341,8 @@ def read_items(options: Options, zone: Zone, now: float) -> tuple[list[Item], li
     items = []
     for clock in clocks:
         try:
-            items.append(judged(clock, calendar, now))
+            if clock.started <= now:  # else it has not begun
+                items.append(judged(clock, calendar, now))
         except ItemError as error:
             problems.append(f"{clock.row['id']}: {error}")
             print(problems[-1])
@@ -342,12 +350,18 @@ def read_items(options: Options, zone: Zone, now: float) -> tuple[list[Item], li
 
 
 def judged(clock: Clock, calendar: Calendar, now: float) -> Item:
-    start, due = clock.started, clock.due
-    elapsed = calendar.worked(start, now) - number(clock.row.get("paused") or 0, "number in paused")
+    start, due, spent = clock.started, clock.due, calendar.worked
+    if due is not None and not spent(start, due):  # no working hours until then: each second counts
+        spent = passed
+    elapsed = spent(start, now) - number(clock.row.get("paused") or 0, "number in paused")
     for begun, ended in merged(clock.pauses):
-        elapsed -= calendar.worked(max(begun, start), min(ended, now))
-    total = clock.seconds if due is None else calendar.worked(start, due)
+        elapsed -= spent(max(begun, start), min(ended, now))
+    total = clock.seconds if due is None else spent(start, due)
     return Item(str(clock.row["id"]), start, total, max(0.0, elapsed), clock.row)
+
+
+def passed(start: float, end: float) -> float:
+    return max(0.0, end - start)
 
 
 def crossings(items: list[Item], limits: tuple[int, ...]) -> list[Crossing]:
@@ -366,14 +380,13 @@ def crossings(items: list[Item], limits: tuple[int, ...]) -> list[Crossing]:
 class Ledger:
     """An SQLite file that remembers what was escalated, and which mails are not shown yet."""
 
-    def __init__(self, path: str, task: Any, now: float) -> None:
-        self._task, self._now, self._outbox = task.name, now, task.settings["outbox"]
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=CONNECT_SECONDS)
-        self.close = self._db.close
+    def __init__(self, db: sqlite3.Connection, task: Any, now: float) -> None:
+        self._db, self._task, self._now = db, task.name, now
+        self._outbox = task.settings["outbox"]
         self._db.execute("""
             CREATE TABLE IF NOT EXISTS escalated (
                 id TEXT NOT NULL, started REAL NOT NULL, percent INTEGER NOT NULL,
-                at REAL NOT NULL,
+                seen REAL NOT NULL, -- when it was in the query, to a day
                 PRIMARY KEY (id, started, percent)
             )
         """)
@@ -385,6 +398,8 @@ class Ledger:
         return [each[key] for key in each if not self._db.execute(sql, key).fetchone()]
 
     def note(self, crossings: list[Crossing], mails: list[str]) -> None:
+        if mails:
+            sync(self._outbox)
         rows = [(*crossing.key(), self._now) for crossing in crossings]
         self._db.execute("BEGIN IMMEDIATE")
         self._db.executemany("INSERT INTO escalated VALUES (?, ?, ?, ?)", rows)
@@ -425,11 +440,13 @@ class Ledger:
         return os.path.join(self._outbox, name)
 
     def forget(self, items: list[Item]) -> None:
-        sql = "SELECT id FROM escalated GROUP BY id HAVING MAX(at) < ?"
-        there = {item.id for item in items}
-        found = self._db.execute(sql, (self._now - REMEMBERED,)).fetchall()
-        old = [row for row in found if row[0] not in there]
-        self._db.executemany("DELETE FROM escalated WHERE id = ?", old)
+        """Forget what has long left the query, and note what is still in it."""
+        sql = "UPDATE escalated SET seen = ? WHERE id = ? AND started = ? AND seen < ?"
+        rows = [(self._now, *item.key(), self._now - DAY) for item in items]
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany(sql, rows)
+        self._db.execute("DELETE FROM escalated WHERE seen < ?", (self._now - REMEMBERED,))
+        self._db.execute("COMMIT")
 
 
 def sync(folder: str) -> None:
@@ -445,7 +462,7 @@ def sync(folder: str) -> None:
 
 
 def mail_all(ledger: Ledger, new: list[Crossing], options: Options, zone: Zone) -> None:
-    highest = {crossing.item.id: crossing for crossing in new}  # the last of an item
+    highest = {crossing.item.key(): crossing for crossing in new}  # the last of an item
     listed: dict[str, list[Crossing]] = {}
     for crossing in sorted(highest.values(), key=lambda crossing: -crossing.limit):
         for address in addresses(crossing.item, options):
@@ -527,12 +544,11 @@ def call(crossing: Crossing, options: Options) -> None:
 
 
 class Database:
-    """A connection that only reads."""
+    """A connection."""
 
     def __init__(self, address: str, password: str) -> None:
         with one_line("options.database", Exception):  # each driver has its own
             self._db = connect(address, password)
-            self._db.cursor().execute(READ_ONLY[urlsplit(address).scheme or "sqlite"])
         self.close = self._db.close
 
     def rows(self, key: str, sql: str) -> list[dict[str, Any]]:
@@ -638,7 +654,7 @@ def is_read(read: Callable[[str], object], texts: Iterable[str]) -> bool:
         return False
 
 
-RULES = (
+RULES: tuple[tuple[str, Callable[[Options], object], str], ...] = (
     (
         "database",
         lambda o: is_database(o.database),
@@ -711,6 +727,6 @@ def read_option(key: str, value: Any) -> Any:
         type(each) is inner for each in values
     ):
         raise ValueError(f"options.{key}: must be {TYPES[kind]}")
-    if any(re.search(r"\0", each) for each in values if inner is str):
+    if inner is str and any("\0" in each for each in values):
         raise ValueError(f"options.{key}: must not hold a NUL; remove it")
     return tuple(values) if kind is tuple else values[0]

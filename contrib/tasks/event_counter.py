@@ -62,10 +62,23 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 READ = "SELECT {column}, {value} FROM {table}"
 RESET = "UPDATE {table} SET {value} = 0"
 MOST_ROWS = 10_000  # of counters
+LOCK_SECONDS = 10  # who counts waits behind us, while we wait for somebody's long transaction
+BEFORE = {
+    "sqlite": (),
+    "postgresql": ("SET lock_timeout = '{seconds}s'",),
+    "mysql": (
+        "SET SESSION innodb_lock_wait_timeout = {seconds}",
+        "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE",  # of the next: no new row in between
+    ),
+}
 
 
 class DatabaseError(Exception):
     """The database cannot be used, or holds what is no number; nothing was changed."""
+
+
+class CounterError(Exception):
+    """A named counter is not there; the others were read."""
 
 
 def run(task: Any) -> str | None:
@@ -77,13 +90,16 @@ def collect(task: Any, now: int) -> str | None:
     with contextlib.closing(Database(options.database, options.password)) as db:
         db.make_series(options.table)
         refuse_unsafe(db, options)
-        if db.kind == "mysql":
-            db.done("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")  # no new row in between
+        for sql in BEFORE[db.kind]:
+            db.done(sql.format(seconds=LOCK_SECONDS))
         with db.transaction():
             counts = read_and_reset(db, options)
             for name, value in counts.items():
                 keep(db, options.table, name, value, now)
     task.add_volume(len(counts))
+    for name in options.names:
+        if name not in counts:
+            raise CounterError(f"options.names: {options.counters} has no counter {name!r}")
     task.message = f"{sum(counts.values()):.10g} events in {len(counts)} counters"
     return None if counts else task.NOTHING
 
@@ -116,8 +132,6 @@ def read_and_reset(db: Database, options: Options) -> dict[str, float]:
         which, values = ("", ()) if name is None else (" WHERE {column} = ?", (name,))
         lock = " FOR UPDATE" if db.kind == "mysql" else ""
         rows = db.rows(READ + which + lock, *values, **names)
-        if name is not None and not rows:
-            raise DatabaseError(f"options.names: {options.counters} has no counter {name!r}")
         if len(rows) > MOST_ROWS:
             raise DatabaseError(f"{options.counters}: has more than {MOST_ROWS} rows")
         for found, value in rows:
@@ -354,8 +368,8 @@ def main(arguments: list[str]) -> int:
     words.add_argument("name", nargs="*", help="which figures (all)")
     given = words.parse_args(arguments)
     try:
-        if not is_name(given.table) or not given.days > 0:
-            raise DatabaseError("--table must be a name, and --days more than 0")
+        if not is_name(given.table) or not 0 < given.days <= 36500:
+            raise DatabaseError("--table must be a name, and --days more than 0, at most 36500")
         until = time.time()
         series = collected(given, until - given.days * DAY)
         write(given.plot, chart(series, until - given.days * DAY, until))
@@ -384,6 +398,9 @@ def collected(given: Any, since: float) -> dict[str, Points]:
 
 def write(path: str, text: str) -> None:
     """Write a file whole or not at all: a web server may be showing it."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # to replace /dev/null would be bad
+        raise OSError(f"{path}: is no file; name one that is to hold the chart")
     unfinished = f"{path}.{os.getpid()}.new"
     try:
         with open(unfinished, "w", encoding="utf-8") as file:
@@ -433,8 +450,8 @@ def summary(values: list[float]) -> str:
 
 def chart(series: dict[str, Points], since: float, until: float) -> str:
     """Return an SVG."""
-    series = {name: thinned(points, since, until) for name, points in series.items()}
-    values = [value for points in series.values() for _, value in points]
+    fewer = {name: thinned(points, since, until) for name, points in series.items()}
+    values = [value for points in fewer.values() for _, value in points]
     marks = scale(min([0.0, *values]), max([0.0, *values]))
     frame = Frame(since, until, marks[0], marks[-1])
     height = HEIGHT + 20 * len(series) + 10
@@ -448,7 +465,7 @@ def chart(series: dict[str, Points], since: float, until: float) -> str:
     ]
     for number, (name, points) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        places = [(frame.x(moment), frame.y(value)) for moment, value in points]
+        places = [(frame.x(moment), frame.y(value)) for moment, value in fewer[name]]
         lines.append(drawn(places, frame.y(0.0), colour))
         y, facts = HEIGHT + 20 * number, summary([value for _, value in points])
         lines.append(f'<rect x="{LEFT}" y="{y - 9}" width="16" height="10" fill="{colour}"/>')

@@ -83,7 +83,10 @@ def sample(task: Any, now: int) -> str | None:
     # what a run asked that came to its deadline
     asked = [name for name in task.state.get("asked", ()) if name in options.queries]
     waiting = [name for name in sorted(options.queries) if name not in asked]
-    with contextlib.closing(source(options)) as db, contextlib.closing(store(options)) as kept:
+    source = Database(options.database, options.password)
+    with contextlib.closing(source) as db, contextlib.closing(store(options)) as kept:
+        db.done(READ_ONLY[db.kind])
+        kept.make_series(options.table)
         for name in task.each(waiting):
             try:
                 figures = read_figures(db, name, options.queries[name])
@@ -102,12 +105,6 @@ def sample(task: Any, now: int) -> str | None:
     return None
 
 
-def source(options: Options) -> Database:
-    db = Database(options.database, options.password)
-    db.done(READ_ONLY[db.kind])
-    return db
-
-
 def store(options: Options) -> Database:
     """Return the database of the figures; a file is made if it is not there, but no folder."""
     if options.store.startswith("/"):
@@ -117,11 +114,8 @@ def store(options: Options) -> Database:
             text = f"options.store: {options.store}: {error.strerror}"
             raise DatabaseError(text) from None
     if options.store:
-        db = Database(options.store, options.store_password, "options.store")
-    else:
-        db = Database(options.database, options.password)
-    db.make_series(options.table)
-    return db
+        return Database(options.store, options.store_password, "options.store")
+    return Database(options.database, options.password)
 
 
 def read_figures(db: Database, name: str, sql: str) -> dict[str, float]:
@@ -360,8 +354,8 @@ def main(arguments: list[str]) -> int:
     words.add_argument("name", nargs="*", help="which figures (all)")
     given = words.parse_args(arguments)
     try:
-        if not is_name(given.table) or not given.days > 0:
-            raise DatabaseError("--table must be a name, and --days more than 0")
+        if not is_name(given.table) or not 0 < given.days <= 36500:
+            raise DatabaseError("--table must be a name, and --days more than 0, at most 36500")
         until = time.time()
         series = collected(given, until - given.days * DAY)
         write(given.plot, chart(series, until - given.days * DAY, until))
@@ -390,6 +384,9 @@ def collected(given: Any, since: float) -> dict[str, Points]:
 
 def write(path: str, text: str) -> None:
     """Write a file whole or not at all: a web server may be showing it."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # to replace /dev/null would be bad
+        raise OSError(f"{path}: is no file; name one that is to hold the chart")
     unfinished = f"{path}.{os.getpid()}.new"
     try:
         with open(unfinished, "w", encoding="utf-8") as file:
@@ -443,8 +440,8 @@ def summary(values: list[float]) -> str:
 
 def chart(series: dict[str, Points], since: float, until: float) -> str:
     """Return an SVG."""
-    series = {name: thinned(points, since, until) for name, points in series.items()}
-    values = [value for points in series.values() for _, value in points]
+    fewer = {name: thinned(points, since, until) for name, points in series.items()}
+    values = [value for points in fewer.values() for _, value in points]
     marks = scale(min([0.0, *values]), max([0.0, *values]))
     frame = Frame(since, until, marks[0], marks[-1])
     height = HEIGHT + 20 * len(series) + 10
@@ -458,7 +455,7 @@ def chart(series: dict[str, Points], since: float, until: float) -> str:
     ]
     for number, (name, points) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        places = [(frame.x(moment), frame.y(value)) for moment, value in points]
+        places = [(frame.x(moment), frame.y(value)) for moment, value in fewer[name]]
         lines.append(drawn(places, frame.y(0.0), colour))
         y, facts = HEIGHT + 20 * number, summary([value for _, value in points])
         lines.append(f'<rect x="{LEFT}" y="{y - 9}" width="16" height="10" fill="{colour}"/>')

@@ -21,6 +21,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 OUTCOMES = ("done", "nothing", "more", "failed", "exit", "crash", "hang")
@@ -70,7 +71,7 @@ class Options(NamedTuple):
     outcomes: tuple[str, ...] = ("done",)
 
 
-RULES = (
+RULES: tuple[tuple[str, Callable[[Options], object], str], ...] = (
     ("seconds", lambda o: 0 <= o.seconds <= 86400, "must be from 0 to 86400"),
     ("steps", lambda o: 1 <= o.steps <= 100_000, "must be from 1 to 100000"),
     (

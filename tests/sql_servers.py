@@ -98,14 +98,14 @@ class MariaDB(Server):
             *(MARIADB, "--no-defaults", f"--datadir={self.data}", f"--socket={self.socket}"),
             *("--skip-networking", f"--pid-file={self.folder}/pid", "--innodb-buffer-pool-size=8M"),
             *("--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync"),
-            "--innodb-log-file-size=4M",
+            *("--innodb-log-file-size=4M", f"--tmpdir={self.folder}"),
         ]
 
     def prepare(self):
         options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
         self.install(
             *("mariadb-install-db", "--no-defaults", f"--datadir={self.data}", *options),
-            *("--skip-name-resolve", "--innodb-flush-method=nosync"),
+            *("--skip-name-resolve", "--innodb-flush-method=nosync", f"--tmpdir={self.folder}"),
         )
         self.start()
         with self.connect() as db:

@@ -64,7 +64,7 @@ class Room:
             words = (
                 f"setpriv --reuid={user} --regid={user} --init-groups sh -c {shlex.quote(words)}"
             )
-        script = "\n".join(["set -e", *self.script, f"exec {words}"])
+        script = "\n".join(["set -e", *self.script, f"exec sh -c {shlex.quote(words)}"])
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--ipc"]
         return [*unshare, "sh", "-c", script]
 

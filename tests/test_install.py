@@ -4,6 +4,7 @@ In a room of its own the installation lies at /srv/app, as these files say."""
 
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -84,3 +85,97 @@ def test_the_real_cron_wakes_it_and_the_task_runs(room, app, way):
     assert (who, nice) == ("www-data", "10")
     assert path.startswith("/usr/local/sbin:")
     wait_for(lambda: '"done"' in app.say("status", "--json").stdout, PATIENCE)
+
+
+# -- systemd
+
+
+SYSTEMD = CONTRIB / "systemd"
+
+
+@pytest.mark.parametrize("folder", ["", "user"])
+def test_systemd_has_nothing_to_say_against_the_units(tmp_path, folder):
+    analyze = program("systemd-analyze", "systemd")
+    for unit in (SYSTEMD / folder).glob("bgtasks@.*"):
+        text = unit.read_text().replace("/srv/app", str(tmp_path))
+        (tmp_path / unit.name).write_text(text)
+    units = [tmp_path / unit for unit in ("bgtasks@.service", "bgtasks@.timer")]
+    scope = ["--user"] if folder else []
+    env = {**os.environ, "SYSTEMD_LOG_LEVEL": "warning", "XDG_RUNTIME_DIR": str(tmp_path)}
+    command = [analyze, *scope, "verify", "--man=no", *units]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    mine = [line for line in (done.stdout + done.stderr).splitlines() if "bgtasks" in line]
+    assert (done.returncode, mine) == (0, [])
+    (tmp_path / "bgtasks@.service").write_text(text + "[Service]\nKilMode=process\n")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert "KilMode" in done.stderr
+
+
+def unit_settings(path):
+    """Return `key=value` lines by key; what stands below them is theirs alone."""
+    lines = [line for line in path.read_text().splitlines() if re.match(r"[A-Za-z]+=", line)]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_the_units_wake_it_as_the_user_and_in_the_folder_that_they_name(room, app):
+    unit = unit_settings(SYSTEMD / "bgtasks@.service")
+    app.shell("hello", 'echo "$(id -un)" >>../ledger', schedule="always")
+    app.give()
+    start = f"cd {unit['WorkingDirectory']} && {unit['ExecStart']}"
+    done = room.run(start, unit["User"])
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert app.ledger.read_text() == "www-data\n"
+
+
+def test_hardening_counts():
+    analyze = program("systemd-analyze", "systemd")
+    command = [analyze, "security", "--offline=true", "--no-pager", SYSTEMD / "bgtasks@.service"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert found, done.stdout + done.stderr
+    assert float(found[1]) < 6.0
+
+
+LONG = """
+echo begun >>../ledger
+trap 'echo ended >>../ledger; exit 3' TERM
+while :; do sleep 1 & wait $!; done
+"""
+
+
+def test_a_stop_of_the_wake_up_alone_ends_its_tasks_well(site):
+    """What KillMode=process does: SIGTERM to the main process, and to no other."""
+    site.shell("long", LONG, schedule="always")
+    runner = site.start("--cron_max_execution_time=0")
+    wait_for(lambda: site.ledger.exists() and "begun" in site.ledger.read_text(), PATIENCE)
+    runner.terminate()
+    assert runner.wait(PATIENCE) == -signal.SIGTERM  # SuccessExitStatus=SIGTERM
+    assert site.ledger.read_text() == "begun\nended\n"
+    assert site.last("long")["outcome"] == "interrupted"
+
+
+def test_tasks_outlive_a_wake_up_that_was_killed(site):
+    """KillMode=process leaves them to their keepers; the next wake-up learns the true end."""
+    body = "touch ../began; while [ ! -e ../go ]; do sleep 0.1; done"
+    site.shell("long", body, schedule="every 1 d")
+    runner = site.start("--cron_max_execution_time=0")
+    wait_for((site.folder / "began").exists, PATIENCE)
+    runner.kill()
+    runner.wait(PATIENCE)
+    assert site.last("long")["outcome"] == "running"
+    (site.folder / "go").touch()
+    wait_for(lambda: site.wake() and site.last("long")["outcome"] == "done", PATIENCE)
+
+
+def test_the_units_can_be_enabled_as_the_readme_says(room):
+    systemctl, units = program("systemctl", "systemd"), room.put("/etc/systemd/system")
+    copy, enable = readme_commands("systemd")[:2]
+    enable = enable.replace("systemctl daemon-reload && ", "").replace(" --now", "")
+    done = room.run(f"{copy} && {enable.replace('systemctl', f'{systemctl} --root=/')}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    wanted = sorted(path.name for path in (units / "timers.target.wants").iterdir())
+    assert wanted == ["bgtasks@a.timer", "bgtasks@b.timer"]
+    home = room.put("/root")
+    done = room.run(readme_commands("systemd")[2], cwd=ROOT, env={"HOME": "/root"})
+    assert done.returncode == 0, done.stderr
+    assert len(list((home / ".config/systemd/user").iterdir())) == 2

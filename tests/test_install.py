@@ -15,10 +15,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 from conftest import PROGRAM, wait_for
 from rooms import App, Room, lacking, program
+from task_schema import XSD
 
 pytestmark = pytest.mark.unmeasured
 ROOT = PROGRAM.parent
@@ -322,7 +324,8 @@ NAGIOS = """\
 log_file={folder}/nagios.log
 cfg_file={folder}/base.cfg
 cfg_file={folder}/bgtasks.cfg
-check_result_path={folder}
+check_result_path={folder}/results
+illegal_macro_output_chars=`~$&|<>
 nagios_user=nagios
 nagios_group=nagios
 command_file={folder}/nagios.cmd
@@ -363,6 +366,8 @@ def test_nagios_takes_the_definition(room):
     nagios, folder = program("nagios4", "nagios4-core"), room.folder
     (folder / "nagios.cfg").write_text(NAGIOS.format(folder=folder))
     (folder / "base.cfg").write_text(NAGIOS_BASE)
+    (folder / "results").mkdir()
+    (folder / "results").chmod(0o777)
     shutil.copy(MONITORING / "nagios.cfg", folder / "bgtasks.cfg")
     done = room.run([nagios, "-v", folder / "nagios.cfg"])
     assert done.returncode == 0, done.stdout
@@ -677,3 +682,93 @@ def test_the_plist_wakes_it(site):
     done = subprocess.run(command, cwd=site.folder, env=found["EnvironmentVariables"], check=False)
     assert done.returncode == 0
     assert site.ledger.read_text() == found["EnvironmentVariables"]["PATH"] + "\n"
+
+
+# -- windows
+
+
+WINDOWS = CONTRIB / "windows"
+NAMESPACE = "{http://schemas.microsoft.com/windows/2004/02/mit/task}"
+
+
+def test_the_task_keeps_to_the_schema_of_the_scheduler(tmp_path):
+    (tmp_path / "task.xsd").write_text(XSD)
+    xmllint = [program("xmllint", "libxml2-utils"), "--noout", "--schema", tmp_path / "task.xsd"]
+    done = subprocess.run(
+        [*xmllint, WINDOWS / "task.xml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = (WINDOWS / "task.xml").read_text()
+    for right, wrong in (
+        ("S4U", "Nobody"),
+        ("PT5M", "PT5S"),
+        ("Parallel", "Perhaps"),
+        ("URI", "URL"),
+    ):
+        (tmp_path / "bad.xml").write_text(text.replace(right, wrong))
+        assert subprocess.run(
+            [*xmllint, tmp_path / "bad.xml"], capture_output=True, check=False
+        ).returncode
+
+
+def test_the_task_runs_without_a_user_and_without_a_window():
+    task = ET.parse(WINDOWS / "task.xml").getroot()
+    values = {element.tag.replace(NAMESPACE, ""): element.text for element in task.iter()}
+    assert values["LogonType"] in ("S4U", "Password")  # both run in a session without a screen
+    assert (values["MultipleInstancesPolicy"], values["ExecutionTimeLimit"]) == ("Parallel", "PT0S")
+    assert values["Command"] == f"{values['WorkingDirectory']}\\cron.cmd"
+
+
+def test_the_powershell_script_can_be_read_and_touches_what_is_there():
+    try:
+        import tree_sitter
+        import tree_sitter_powershell as grammar
+    except ImportError:
+        lacking("a parser is missing: pip install tree-sitter tree-sitter-powershell")
+    text = (WINDOWS / "register-task.ps1").read_bytes()
+    parser = tree_sitter.Parser(tree_sitter.Language(grammar.language()))
+    assert not parser.parse(text).root_node.has_error
+    assert parser.parse(text.replace(b"foreach (", b"foreach ((")).root_node.has_error
+    task = ET.parse(WINDOWS / "task.xml").getroot()
+    for path in set(re.findall(rb"\$task\.Task\.([\w.]+)\b(?= =|\r)", text)):
+        assert (
+            task.find("/".join(NAMESPACE + part for part in path.decode().split("."))) is not None
+        )
+    if shutil.which("pwsh"):
+        rules = f"exit (Invoke-ScriptAnalyzer {WINDOWS / 'register-task.ps1'}).Count"
+        assert subprocess.run(["pwsh", "-Command", rules], check=False).returncode == 0
+
+
+def test_files_for_windows_end_their_lines_as_windows_does():
+    for file in ("cron.cmd", "register-task.ps1"):
+        text = (WINDOWS / file).read_bytes()
+        assert text.count(b"\n") == text.count(b"\r\n")
+        assert text.isascii()  # each shell there has another idea of other letters
+
+
+def test_cron_cmd_says_what_the_program_understands(site):
+    text = (WINDOWS / "cron.cmd").read_text()
+    words = re.search(r'"%PYTHON%" -m bgtasks %PARAMS% (.*?) >>log', text)[1].split()
+    param_file = re.search(r'"PARAMS=(--param_file=\S+)"', text)[1]
+    shutil.copy(PROGRAM, site.folder)
+    site.params.write_text("cron_max_execution_time = 0\n")
+    command = [sys.executable, "-m", "bgtasks", param_file, *words]
+    done = subprocess.run(command, cwd=site.folder, capture_output=True, check=False)
+    assert (done.returncode, done.stderr[:7]) in ((0, b""), (0, b"running"))
+
+
+def test_each_readme_names_each_file_of_its_folder():
+    for folder in (
+        "cron",
+        "systemd",
+        "docker",
+        "monitoring",
+        "logrotate",
+        "launchd",
+        "windows",
+        "zipapp",
+    ):
+        text = (CONTRIB / folder / "README.md").read_text()
+        for path in (CONTRIB / folder).iterdir():
+            if path.is_file() and path.name not in ("README.md", "__main__.py"):
+                assert path.name in text, path

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAM, Site
+from rooms import lacking
 
 import bgtasks
 
@@ -33,13 +34,6 @@ BLOCK = """\
 """
 FULL = os.environ.get("BGTASKS_FULL") == "1"
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-
-
-def lacking(text):
-    """A machine may lack what a test needs, but not the one that judges."""
-    if os.environ.get("CI"):
-        pytest.fail(text)
-    pytest.skip(text)
 
 
 def tool(name):

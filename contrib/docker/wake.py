@@ -66,12 +66,24 @@ def stop(wake_ups: set[int]) -> None:
         os.kill(pid, signal.SIGTERM)
     until = time.monotonic() + PATIENCE
     wait_for_children(wake_ups, until)
-    if os.getpid() == 1:  # else this would end all processes of the user
+    for pid in adopted():
+        os.kill(pid, signal.SIGTERM)
+    wait_for_children(None, until)
+
+
+def adopted() -> list[int]:
+    """Return our children: now they are the keepers of runs whose wake-up was killed.
+
+    Not their tasks: a keeper ends its task itself, and then knows why it ended."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
-            os.kill(-1, signal.SIGTERM)
-        except ProcessLookupError:
-            return
-        wait_for_children(None, until)
+            with open(f"/proc/{pid}/stat") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+        found += [pid] * (parent == os.getpid())
+    return found
 
 
 def wait_for_children(those: set[int] | None, until: float) -> None:

@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["croniter >=6", "tomli >=2; python_version < '3.11'"]
+# ///
 """Run all background tasks of a small installation, woken by one crontab line.
 
     param file + arguments -> Settings -> tasks.d -> Task -> Schedule -> Store -> Runner -> Keeper
@@ -5235,10 +5239,22 @@ def _main(argv: Sequence[str], clock: Clock) -> int:
     if sys.platform == "win32":
         raise UnavailableError("this version runs on Linux and other Unix systems only")
     refuse_bad_tz(os.environ)
+    add_packages(__file__)
     settings = read_settings(arguments, __file__)
     if not command and settings.status_only:
         command = "status"
     return COMMANDS[command][0](Invocation(command, words, flags, settings, clock))
+
+
+def add_packages(script: str) -> None:
+    """Let packages be found that lie in a folder `lib` beside the script, after all others.
+
+    Who may change the script may change them; they must only not be open to everybody."""
+    folder = os.path.join(os.path.dirname(os.path.realpath(script)), "lib")
+    if os.path.isdir(folder):
+        if os.stat(folder).st_mode & 0o002:
+            raise RefusedError(f"{folder}: can be written by others; chmod o-w {folder}")
+        sys.path.append(folder)
 
 
 def print_lines(lines: Iterable[str]) -> int:
@@ -5873,9 +5889,11 @@ def new_command(call: Invocation) -> int:
 def crontab_line(settings: Settings) -> str:
     """Return the line that wakes this installation, with absolute paths only.
 
-    It starts the module, which Python keeps compiled; a script is compiled at each start."""
+    It starts the module, which Python keeps compiled; a script is compiled at each start, and an
+    archive has no other way."""
     folder, file = os.path.split(os.path.realpath(__file__))
-    words = [sys.executable, "-m", os.path.splitext(file)[0]]
+    stem, suffix = os.path.splitext(file)
+    words = [sys.executable, *([file] if suffix == ".pyz" else ["-m", stem])]
     if settings.files:
         words.append(f"--param_file={','.join(settings.files)}")
     command = " ".join(shlex.quote(word) for word in words)

@@ -2,16 +2,20 @@
 
 import os
 import pwd
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAM, Site
 
+CONTRIB = PROGRAM.parent / "contrib"
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -29,10 +33,25 @@ def program(name, package="", pip=""):
     return shutil.which(name, path=f"{beside}:{PATHS}") or lacking(f"{name} is missing: {way_out}")
 
 
+def shown(folder):
+    """Return the commands that the README of a folder of contrib shows."""
+    text = (CONTRIB / folder / "README.md").read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for line in text.splitlines() if line.startswith("    ")]
+    return [line.partition("  #")[0].strip() for line in [*lines, *"".join(blocks).splitlines()]]
+
+
+def readme(folder, words):
+    """Return the one command with these words that a README shows, to be run as it is."""
+    (command,) = (command for command in shown(folder) if words in command)
+    return command
+
+
 class Room:
     """Processes with mounts of their own: what is in a folder of the test lies at a real path.
 
-    They see no other processes, and all end with the first."""
+    They see no other processes, and all end with the first. Commands that name files of the
+    repository do so from its folder (`cwd=ROOT`): it may lie where a room has something else."""
 
     def __init__(self):
         if os.geteuid() or not shutil.which("unshare"):
@@ -64,7 +83,8 @@ class Room:
             words = f"exec {shlex.join(str(word) for word in command)}"
         if user:
             switch = ["exec", "setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
-            words = shlex.join([*switch, "sh", "-c", words])
+            # another user: the kernel forgets that it shall end with its parent
+            words = shlex.join([*switch, "--pdeathsig=KILL", "sh", "-c", words])
         script = "\n".join(["set -e", *self.script, f"exec sh -c {shlex.quote(words)}"])
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--ipc"]
         return [*unshare, "sh", "-c", script]
@@ -85,13 +105,18 @@ class Room:
 
     @staticmethod
     def first(process):
-        """Return the process that is number 1 in the room."""
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        return int(children.read_text().split()[0])
+        """Return the process that is number 1 in the room. Raises OSError if there is none."""
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if not children:
+            raise ProcessLookupError("it is not there yet, or not any more")
+        return int(children[0])
 
     def close(self):
         for process in self.processes:
-            process.kill()
+            if process.poll() is None:
+                with suppress(OSError):  # it ends just now
+                    os.kill(self.first(process), signal.SIGKILL)
+                process.kill()
             process.wait()
         shutil.rmtree(self.folder)
 

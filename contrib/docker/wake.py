@@ -75,7 +75,7 @@ def adopted() -> list[int]:
     """Return our children: now they are the keepers of runs whose wake-up was killed.
 
     Not their tasks: a keeper ends its task itself, and then knows why it ended."""
-    found = []
+    found: list[int] = []
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
             with open(f"/proc/{pid}/stat") as file:

@@ -24,7 +24,7 @@ NEW_YEAR_1980 = (1980, 1, 1, 0, 0, 0)  # the first moment that an archive can na
 def main(words: list[str]) -> int:
     """Build the file and say what came out."""
     if len(words) > 1 or any(word.startswith("-") for word in words):
-        print(__doc__.strip(), file=sys.stderr)
+        print((__doc__ or "").strip(), file=sys.stderr)
         return 64
     target = Path(words[0] if words else "bgtasks.pyz")
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def own_files() -> dict[str, bytes]:
 
 def packaged(wheels: list[Path]) -> dict[str, bytes]:
     """Return the files of the wheels, licenses too, without the packages' own tests."""
-    files = {}
+    files: dict[str, bytes] = {}
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():

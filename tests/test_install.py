@@ -8,6 +8,7 @@ import os
 import plistlib
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,12 +25,14 @@ from task_schema import XSD
 pytestmark = pytest.mark.unmeasured
 ROOT = PROGRAM.parent
 CRON = CONTRIB / "cron"
+MONITORING = CONTRIB / "monitoring"
 CRON_D = (CRON / "bgtasks").read_text()
 TESTS = ("install", "packaging")
 FULL = os.environ.get("BGTASKS_FULL") == "1"
 PATIENCE = 90.0
 
 
+SCRIPT = "/usr/local/sbin/bgtasks-textfile"  # where textfile.sh is installed
 # Commands that the READMEs show and that cannot be run here, by words in them.
 NOT_HERE = {
     "systemd": ("systemctl --user", "loginctl"),  # need a systemd that runs
@@ -81,18 +84,22 @@ def test_crontabs_are_taken_by_crontab_itself(tmp_path):
 
 
 def start_cron(room, prepare):
-    """Start Debian's cron; a minute of its clock is a second, so its next turn is never far."""
+    """Start Debian's cron and return the folder of its crontabs.
+
+    A minute of its clock is a second, so its next turn is never far."""
     crontabs, _ = room.put("/var/spool/cron/crontabs"), room.put("/run")
     crontabs.chmod(0o1730)
+    shutil.chown(crontabs, group="crontab")
     room.put("/dev/shm")  # faketime leaves something there
     (room.folder / "none").write_text("")
     room.put("/etc/crontab", room.folder / "none")
     fake = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
-    env = {"FAKETIME": "@2026-01-01 00:04:30 x60", "LD_PRELOAD": str(fake)}
     if not FULL and not fake:
-        lacking("the library of faketime is missing: apt-get install faketime")
-    command = ["sh", "-c", f"{prepare}\nexec {program('cron')} -f -L 15"]
-    room.start(command, env={} if FULL else env, cwd=ROOT)
+        lacking("the library of faketime is missing: apt-get install libfaketime")
+    clock = ["env", "FAKETIME=@2026-01-01 00:04:30 x60", f"LD_PRELOAD={fake}"]
+    cron = shlex.join([*([] if FULL else clock), program("cron"), "-f", "-L", "15"])
+    room.start(f"{prepare}\nexec {cron}", cwd=ROOT)
+    return crontabs
 
 
 @pytest.mark.parametrize("way", ["account", "root"])
@@ -100,18 +107,22 @@ def test_the_real_cron_wakes_it_and_the_task_runs(room, app, way):
     app.shell("hello", 'echo "$(id -un) $(nice) $PATH" >>../ledger', schedule="always")
     app.give()
     room.put("/etc/cron.d")
-    prepare = readme("cron", "install -m 644")
+    prepare, old = readme("cron", "install -m 644"), "0 0 1 1 * echo old"
     if way == "account":
-        mine = readme("cron", "crontab -l").replace("crontab -", "crontab -u www-data -")
-        prepare = f"{mine}; grep -c nice /var/spool/cron/crontabs/www-data >&2"
+        add = readme("cron", "crontab -l")
+        mine = f"echo {shlex.quote(old)} | crontab -; {add}"
+        switch = "setpriv --reuid=www-data --regid=www-data --init-groups"
+        prepare = f"{switch} sh -c {shlex.quote(mine)}"
     if FULL:  # a minute of real time instead of a shifted clock
         prepare += "\nsed -i 's/^[*].5 /* /' /etc/cron.d/* /var/spool/cron/crontabs/* || true"
-    start_cron(room, prepare)
+    crontabs = start_cron(room, prepare)
     said = wait_for(lambda: app.ledger.exists() and app.ledger.read_text(), PATIENCE)
     who, nice, path = said.splitlines()[0].split(" ")
     assert (who, nice) == ("www-data", "10")
     assert path.startswith("/usr/local/sbin:")
     wait_for(lambda: '"done"' in app.say("status", "--json").stdout, PATIENCE)
+    if way == "account":
+        assert f"\n{old}\n" in (crontabs / "www-data").read_text()
 
 
 # -- systemd
@@ -160,7 +171,7 @@ def test_the_units_wake_it_as_the_user_and_in_the_folder_that_they_name(room, ap
 
 def test_systemd_has_nothing_to_say_against_the_units_for_figures(tmp_path):
     for unit in MONITORING.glob("bgtasks-metrics.*"):
-        text = unit.read_text().replace("/srv/app/contrib", str(CONTRIB))
+        text = unit.read_text().replace(SCRIPT, str(MONITORING / "textfile.sh"))
         (tmp_path / unit.name).write_text(text)
     command = [program("systemd-analyze", "systemd"), "verify", "--man=no", *tmp_path.iterdir()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -220,6 +231,11 @@ def test_the_units_can_be_enabled_as_the_readme_says(room):
     assert done.returncode == 0, done.stderr
     wanted = sorted(path.name for path in (units / "timers.target.wants").iterdir())
     assert wanted == ["bgtasks@a.timer", "bgtasks@b.timer"]
+    copy, enable = readme("monitoring", "bgtasks-metrics.*"), readme("monitoring", "enable --now")
+    enable = enable.partition(" && ")[2].replace(" --now", "")
+    done = room.run(f"{copy} && {enable.replace('systemctl', f'{systemctl} --root=/')}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (units / "timers.target.wants" / "bgtasks-metrics.timer").is_symlink()
     home = room.put("/root")
     done = room.run(readme("systemd", "mkdir -p"), cwd=ROOT, env={"HOME": "/root"})
     assert done.returncode == 0, done.stderr
@@ -355,12 +371,13 @@ def test_hadolint_has_nothing_to_say_against_the_dockerfile():
 # -- monitoring
 
 
-MONITORING = CONTRIB / "monitoring"
 NAGIOS = """\
 log_file={folder}/nagios.log
 cfg_file={folder}/base.cfg
 cfg_file=/etc/nagios4/conf.d/bgtasks.cfg
 check_result_path={folder}/results
+temp_path={folder}/results
+temp_file={folder}/results/nagios.tmp
 illegal_macro_output_chars=`~$&|<>
 nagios_user=nagios
 nagios_group=nagios
@@ -638,7 +655,10 @@ def test_figures_for_node_exporter_are_whole_or_old(room, app):
     service = unit_settings(MONITORING / "bgtasks-metrics.service")
     assert (service["NoNewPrivileges"], "User" in service) == ("yes", False)
     powers = service["CapabilityBoundingSet"].lower().replace("cap_", "+").replace(" ", ",")
-    command = readme("monitoring", "textfile.sh")
+    assert service["ExecStart"] == SCRIPT
+    room.put("/usr/local/sbin")
+    assert room.run(readme("monitoring", "textfile.sh"), cwd=ROOT).returncode == 0
+    command = readme("monitoring", "bgtasks-textfile /srv")
     assert command.endswith(f" {service['ReadWritePaths']}")
     command = f"exec setpriv --no-new-privs --bounding-set=-all,{powers} {command}"
     done = room.run(command, cwd=ROOT)

@@ -151,9 +151,13 @@ def test_a_plain_copy_needs_nothing_but_says_what_would_help(app, bare, empty_py
     command = [empty_python, app.folder / "bgtasks.py"]
     if not HAS_TOML:
         rows = bgtasks.json.loads(call([*command, "status", "--json"], bare, cwd="/"))["tasks"]
-        assert {row["reason"] for row in rows} == {"needs tomli: pip install tomli"}
+        assert {row["reason"].partition(": ")[2] for row in rows} == {
+            "needs tomli: pip install tomli"
+        }
         return
     tasks = tasks_of(app, command, bare)
+    _, *words = readme("zipapp", "python3 bgtasks.py").split()
+    assert "hello" in call([empty_python, *words], bare, cwd=app.folder)
     assert tasks["hello"]["last_outcome"] == "done"
     assert tasks["cron"]["reason"].endswith("needs croniter: pip install croniter")
     assert wakes_by_its_crontab_line(app, command, bare)
@@ -425,7 +429,8 @@ def test_tests_run_from_the_sdist_alone(dist, tmp_path):
     assert re.search(r"\b[1-9]\d* passed", said)
     found = call([*command, "--collect-only"], env, cwd=folder)
     files = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
-    assert {line.partition("::")[0] for line in found.splitlines() if "::" in line} == files
+    left = files - {line.partition("::")[0] for line in found.splitlines() if "::" in line}
+    assert left <= {"tests/test_web_browser.py"}  # leaves itself out where there is no selenium
     where = "import bgtasks; print(bgtasks.__file__)"
     said = call([sys.executable, "-c", where], env, cwd=folder)
     assert said == f"{folder / 'bgtasks.py'}\n"

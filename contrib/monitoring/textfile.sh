@@ -1,6 +1,7 @@
 #!/bin/sh
 # Write what Prometheus' node_exporter shows of bgtasks: textfile.sh [PROGRAM [FOLDER [USER]]]
-# The exporter needs --collector.textfile.directory=FOLDER (Debian's has it). Runs by bgtasks-metrics.timer.
+# The exporter needs --collector.textfile.directory=FOLDER (Debian's has it). As root run a copy that only root can
+# write, as bgtasks-metrics.service does.
 set -eu
 program=${1:-/srv/app/bgtasks.py}
 folder=${2:-/var/lib/prometheus/node-exporter}

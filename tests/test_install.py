@@ -29,7 +29,7 @@ MONITORING = CONTRIB / "monitoring"
 CRON_D = (CRON / "bgtasks").read_text()
 TESTS = ("install", "packaging")
 FULL = os.environ.get("BGTASKS_FULL") == "1"
-PATIENCE = 90.0
+PATIENCE = 180.0 if FULL else 90.0
 
 
 SCRIPT = "/usr/local/sbin/bgtasks-textfile"  # where textfile.sh is installed
@@ -358,6 +358,22 @@ def test_the_image_is_made_of_what_is_there(room):
     assert (
         len(re.findall(r" 1234 1234 .* (?:state|outbox|tasks\.d)$", done.stdout, re.MULTILINE)) == 3
     )
+
+
+def test_compose_holds_what_the_image_needs():
+    text = (DOCKER / "compose.yaml").read_text()
+    keys = set(re.findall(r"^    (\w+):", text, re.MULTILINE))
+    known = "build hostname environment volumes stop_grace_period restart read_only tmpfs cap_drop"
+    assert keys == {
+        *known.split(),
+        "security_opt",
+    }  # https://docs.docker.com/reference/compose-file/
+    for folder in json.loads(instructions("VOLUME")[0]):
+        assert f":{folder}\n" in text
+    for key, place in (("context", DOCKER), ("dockerfile", ROOT)):
+        assert (place / re.search(rf"{key}: (\S+)", text)[1]).exists()
+    patience = float(re.search(r"PATIENCE = ([\d.]+)", (DOCKER / "wake.py").read_text())[1])
+    assert float(re.search(r"stop_grace_period: (\d+)s", text)[1]) > patience
 
 
 def test_hadolint_has_nothing_to_say_against_the_dockerfile():

@@ -177,6 +177,8 @@ def test_packages_may_lie_in_a_folder_beside_it(app, bare, empty_python):
     command = [empty_python, app.folder / "bgtasks.py"]
     assert runs_all(app, command, bare)
     assert wakes_by_its_crontab_line(app, command, bare)
+    app.python("uses", "import dateutil.rrule", schedule="manual")
+    call([*command, "run", "uses"], bare)
     page = app.folder / "page.html"  # the web side has an entry of its own
     call([empty_python, app.folder / "bgtasks_web.py", f"--html={page}"], bare, cwd="/")
     assert "needs croniter" not in page.read_text()
@@ -317,6 +319,10 @@ def test_places_are_beside_the_file_also_through_a_link_and_a_relative_path(app,
     call([sys.executable, "bgtasks.pyz", "run", "cron"], bare, cwd=app.folder)
     assert app.ledger.read_text() == "cron\n"
     assert sorted(os.listdir(app.folder)) == ["bgtasks.pyz", "ledger", "state", "tasks.d"]
+    (app.folder / "lib").mkdir()
+    (app.folder / "lib" / "driver.py").write_text("")
+    app.python("uses", "import driver", schedule="manual")
+    call([sys.executable, link, "run", "uses"], bare)
 
 
 def test_it_is_a_program_of_its_own(app, bare, pyz):

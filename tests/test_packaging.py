@@ -430,13 +430,10 @@ def test_tests_run_from_the_sdist_alone(dist, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if FULL:  # all of them, half an hour
         assert " passed" in call([*command, "-n", "2"], env, cwd=folder, timeout=7200)
-    few = ["-k", "shipped or sections or readme", "test_docs.py", "test_layout.py"]
-    said = call([*command, *few], env, cwd=folder / "tests")
-    assert re.search(r"\b[1-9]\d* passed", said)
-    found = call([*command, "--collect-only"], env, cwd=folder)
-    files = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py")}
-    left = files - {line.partition("::")[0] for line in found.splitlines() if "::" in line}
-    assert left <= {"tests/test_web_browser.py"}  # leaves itself out where there is no selenium
+    # each file is read, and some of the tests run
+    few = ["-k", "test_docs and (shipped or first_command) or test_layout and sections"]
+    said = call([*command, *few], env, cwd=folder)
+    assert re.search(r"\b[4-9] passed, (\d skipped, )?\d{3,} deselected", said)
     where = "import bgtasks; print(bgtasks.__file__)"
     said = call([sys.executable, "-c", where], env, cwd=folder)
     assert said == f"{folder / 'bgtasks.py'}\n"

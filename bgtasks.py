@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["croniter >=6", "tomli >=2; python_version < '3.11'"]
+# ///
 """Run all background tasks of a small installation, woken by one crontab line.
 
     param file + arguments -> Settings -> tasks.d -> Task -> Schedule -> Store -> Runner -> Keeper
@@ -527,6 +531,7 @@ def read_settings(arguments: Mapping[str, str], script: str) -> Settings:
     Relative paths lie beside the first param file, or beside ``script`` if there is none. Raises
     ConfigError with file and line, or RefusedError."""
     home = os.path.dirname(os.path.realpath(script))
+    add_packages(os.path.join(home, "lib"))
     named = arguments.get("param_file", "").split(",")
     files = [os.path.abspath(file.strip()) for file in named if file.strip()]
     if "param_file" in arguments and not files:
@@ -559,6 +564,13 @@ def read_settings(arguments: Mapping[str, str], script: str) -> Settings:
             doubled.append(f"{param.where}: {param.key} wins over the one in {places[param.key]}")
         places[param.key] = param.where
     return Settings(values, overrides, tuple(files), secrets, tuple(doubled))
+
+
+def add_packages(folder: str) -> None:
+    """Let packages in ``folder`` be found, after all others; RefusedError if it is unsafe."""
+    if os.path.isdir(folder) and folder not in sys.path:
+        refuse_unsafe(os.stat(folder), folder, "folder of packages")
+        sys.path.append(folder)
 
 
 def _read_values(
@@ -1073,13 +1085,9 @@ def read_environment(value: Any) -> dict[str, str]:
     return dict(value)
 
 
-def read_receivers(value: Any) -> list[str]:
-    text = value if isinstance(value, str) else ",".join(read_words(value))
-    return list(read_addresses(text))
-
-
-def read_task_news(value: Any) -> list[str]:
-    return list(read_news(value if isinstance(value, str) else ",".join(read_words(value))))
+def list_or_text(read: Callable[[str], tuple[str, ...]]) -> Callable[[Any], list[str]]:
+    """Return a reader that takes a list too, of what ``read`` takes between commas."""
+    return lambda v: list(read(v if isinstance(v, str) else ",".join(read_words(v))))
 
 
 def read_url(value: Any) -> str:
@@ -1133,8 +1141,8 @@ TASK_SETTINGS: Mapping[str, tuple[Callable[[Any], Any], Any]] = {
     "retry_delay": (read_seconds, 60.0),
     "pause_after_failures": (whole_number(0, 1_000_000), 0),
     "history_lifetime": (read_seconds, None),
-    "notify": (read_receivers, None),
-    "notify_on": (read_task_news, None),
+    "notify": (list_or_text(read_addresses), None),
+    "notify_on": (list_or_text(read_news), None),
     "notify_after": (whole_number(1, 1000), None),
     "ping": (read_url, ""),
     "maximum": (whole_number(1, 1_000_000_000), None),
@@ -4958,14 +4966,18 @@ def file_system(path: str) -> str:
     return found[1]
 
 
-def judge_crontab(crontab: str | None, script: str) -> Iterator[Finding]:
-    """Tell if the user's crontab wakes ``script``, once. None: it could not be read."""
+def judge_crontab(crontab: str | None, script: str, lately: int = 0) -> Iterator[Finding]:
+    """Tell if the user's crontab wakes ``script``, once. None: it could not be read.
+
+    Without, cron.d, a timer or the web may do: then it was woken ``lately``, and more than once."""
     if crontab is None:
         yield Finding(0, "crontab", "cannot be read here; something else must wake it")
         return
     name = os.path.splitext(os.path.basename(script))[0]
     lines = [line for line in crontab.splitlines() if name in line and line.strip()[:1] != "#"]
-    if not lines:
+    if not lines and lately > 1:
+        yield Finding(0, "crontab", f"has no line with {name}, but it is woken by something else")
+    elif not lines:
         yield Finding(1, "crontab", f"your crontab has no line with {name}", "install --write")
     plain = [line for line in lines if "group=" not in line and "task=" not in line]
     if len(plain) > 1:
@@ -5251,6 +5263,11 @@ def print_json(value: Any) -> int:
     return print_lines([json.dumps(value, indent=2)])
 
 
+def print_found(call: Invocation, value: Any, lines: Iterable[str]) -> int:
+    """Print what was found: with --json as it is, else as lines for people."""
+    return print_json(value) if "json" in call.flags else print_lines(lines)
+
+
 def screen_width() -> int | None:
     """Return the columns of the terminal, or None if stdout is none."""
     try:
@@ -5462,10 +5479,9 @@ def _task_named(call: Invocation, store: Store, name: str) -> dict[str, Any]:
 def show_command(call: Invocation) -> int:
     with closing(open_for_reading(call.settings)) as store:
         task = _task_named(call, store, call.word("TASK"))
-    if "json" in call.flags:
-        return print_json(task)
     shown = {key: value for key, value in task.items() if value not in (None, "")}
-    return print_lines(f"{key:<22}{visible(str(value))}" for key, value in shown.items())
+    lines = (f"{key:<22}{visible(str(value))}" for key, value in shown.items())
+    return print_found(call, task, lines)
 
 
 def history_command(call: Invocation) -> int:
@@ -5474,9 +5490,8 @@ def history_command(call: Invocation) -> int:
         if name is not None and not store.task(name):
             _task_named(call, store, name)
         runs = store.history(name, call.count(20))
-    if "json" in call.flags:
-        return print_json([run_row(run) for run in runs])
-    return print_lines(history_lines(runs, call.clock.now(), screen_width()))
+    lines = history_lines(runs, call.clock.now(), screen_width())
+    return print_found(call, [run_row(run) for run in runs], lines)
 
 
 def _run_named(call: Invocation, store: Store, word: str) -> Row:
@@ -5634,9 +5649,7 @@ def next_command(call: Invocation) -> int:
             break
         moments.append(moment)
     shown = [str(iso(moment, zone.tzinfo)) for moment in moments]
-    if "json" in call.flags:
-        return print_json(shown)
-    return print_lines(shown or [f"never by itself: {schedule.text}"])
+    return print_found(call, shown, shown or [f"never by itself: {schedule.text}"])
 
 
 def _read_by_name(settings: Settings, name: str) -> Task:
@@ -5668,10 +5681,8 @@ def lint_command(call: Invocation) -> int:
         rows.append((task.file, "broken" if task.error else "ok", task.error))
         notes = [] if task.error else schedule_notes(task.settings["schedule"])
         rows += [(task.file, "note", text) for text in notes]
-    if "json" in call.flags:
-        print_json([dict(zip(("file", "state", "text"), row)) for row in sorted(rows)])
-    else:
-        print_lines(visible(": ".join(filter(None, row))) for row in sorted(rows))
+    found = [dict(zip(("file", "state", "text"), row)) for row in sorted(rows)]
+    print_found(call, found, (visible(": ".join(filter(None, row))) for row in sorted(rows)))
     return EXIT_FAILED if any(task.error for task in tasks) else EXIT_OK
 
 
@@ -5701,35 +5712,32 @@ def explain_command(call: Invocation) -> int:
             if held:
                 reason = {"task": name, "reason": held[0], "detail": held[1]}
                 found["sentences"].append(f"now: {reason_text(reason)}")
-    if "json" in call.flags:
-        return print_json(found)
     text = " ".join(f"{said[:1].upper()}{said[1:]}." for said in found["sentences"])
-    return print_lines(wrapped(text, screen_width() or 100))
+    return print_found(call, found, wrapped(text, screen_width() or 100))
 
 
 def doctor_command(call: Invocation) -> int:
     """Say what is well and what is not, with the way out; 1 if something is not."""
     settings, now = call.settings, call.clock.now()
     with closing(open_for_reading(settings)) as store:
-        tasks = task_rows(settings, store, now)
+        tasks, known = task_rows(settings, store, now), store.wakeups(WAKEUPS_KEPT)
+        lately = sum(w["trigger"] != "hand" and now - w["started_at"] < 10800 for w in known)
         found = [
             *judge_wakeups(settings, store, now),
-            *judge_crontab(read_crontab(), os.path.realpath(__file__)),
+            *judge_crontab(read_crontab(), os.path.realpath(__file__), lately),
             *judge_tasks(tasks, now),
             *judge_packages(tasks),
             *judge_fit(settings, tasks),
             *judge_mail(settings, now),
             *judge_place(settings, store),
         ]
-    if "json" in call.flags:
-        print_json([finding._asdict() for finding in found])
-    else:
-        words = ("ok", "WARNING", "CRITICAL")
-        rows = [
-            (words[f.level], f.about, f.text + f"; {f.way_out}" * bool(f.way_out))
-            for f in sorted(found, key=lambda f: -f.level)
-        ]
-        print_lines(table([tuple(visible(cell) for cell in row) for row in rows], screen_width()))
+    words = ("ok", "WARNING", "CRITICAL")
+    rows = [
+        (words[f.level], f.about, f.text + f"; {f.way_out}" * bool(f.way_out))
+        for f in sorted(found, key=lambda f: -f.level)
+    ]
+    lines = table([tuple(visible(cell) for cell in row) for row in rows], screen_width())
+    print_found(call, [finding._asdict() for finding in found], lines)
     return EXIT_FAILED if any(f.level for f in found) else EXIT_OK
 
 
@@ -5751,19 +5759,15 @@ def check_command(call: Invocation) -> int:
         age = max(0.0, now - store.last_seen())
     line = check_line(findings, tasks, age if store.path != ":memory:" else 0.0)
     level = max((finding.level for finding in findings), default=0)
-    if "json" in call.flags:
-        print_json({"level": level, "line": line, "findings": [f._asdict() for f in findings]})
-    else:
-        print_lines([line])
+    found = {"level": level, "line": line, "findings": [f._asdict() for f in findings]}
+    print_found(call, found, [line])
     return level
 
 
 def metrics_command(call: Invocation) -> int:
     with closing(open_for_reading(call.settings)) as store:
         found = status(call.settings, store, call.clock)
-    if "json" in call.flags:
-        return print_json(found)
-    return print_lines(metric_lines(found))
+    return print_found(call, found, metric_lines(found))
 
 
 SENDMAIL_OPTIONS = "tivnGUmf:r:F:B:h:N:O:R:X:V:o:b:L:"  # sendmail(8); most change nothing here
@@ -5874,9 +5878,11 @@ def new_command(call: Invocation) -> int:
 def crontab_line(settings: Settings) -> str:
     """Return the line that wakes this installation, with absolute paths only.
 
-    It starts the module, which Python keeps compiled; a script is compiled at each start."""
+    It starts the module, which Python keeps compiled; a script is compiled at each start, and an
+    archive has no other way."""
     folder, file = os.path.split(os.path.realpath(__file__))
-    words = [sys.executable, "-m", os.path.splitext(file)[0]]
+    stem, suffix = os.path.splitext(file)
+    words = [sys.executable, *([file] if suffix == ".pyz" else ["-m", stem])]
     if settings.files:
         words.append(f"--param_file={','.join(settings.files)}")
     command = " ".join(shlex.quote(word) for word in words)
@@ -5920,7 +5926,7 @@ def admin_command(call: Invocation) -> int:
     with closing(open_for_work(call.settings, call.clock)) as store:
         if action == "list":
             names = sorted(store.admins())
-            return print_json(names) if "json" in call.flags else print_lines(names)
+            return print_found(call, names, names)
         if action == "remove" and login not in store.admins():
             raise NoTaskError(f"there is no administrator {shortened(login)!r}")
         password = _new_password() if action == "add" else ""

@@ -316,6 +316,21 @@ def wakeups(site, *moments, user="root", stays=0):
         )
 
 
+def test_no_crontab_line_is_missed_while_something_else_wakes_it(site):
+    """As /etc/cron.d, a timer of systemd or the web do."""
+    site.shell("a", "", schedule="every 1 d")
+    env, _ = with_crontab(site, "")
+    site.wake()
+    now = time.time()
+    for moments, level in [((300,), 1), ((600, 300), 0), ((90_000, 86_400), 1), ((86_400, 300), 1)]:
+        wakeups(site, *(now - ago for ago in moments))
+        found = json.loads(doctor(site, "--json", env=env))
+        assert [f["level"] for f in found if f["about"] == "crontab"] == [level], moments
+    wakeups(site, now - 600, now - 300)
+    site.change("UPDATE wakeup SET trigger = 'hand'")
+    assert "WARNING   crontab" in doctor(site, env=env)
+
+
 def test_how_often_and_by_whom_it_is_woken(site):
     site.shell("a", "", schedule="every 1 d")
     site.wake()

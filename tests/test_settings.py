@@ -44,6 +44,22 @@ def test_relative_paths_lie_beside_the_first_param_file(tmp_path):
     assert (found.cron_sleep, found.verbose) == (4, True)
 
 
+def test_packages_beside_the_script_are_found_after_all_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before, lib = [*sys.path], tmp_path / "lib"
+    read_settings({}, str(tmp_path / "bgtasks.py"))
+    assert sys.path == before
+    lib.mkdir()
+    for _ in range(2):  # as the web side does, for each request
+        read_settings({}, str(tmp_path / "bgtasks.py"))
+    assert sys.path == [*before, str(lib)]
+    lib.chmod(0o777)
+    sys.path.remove(str(lib))
+    with pytest.raises(bgtasks.RefusedError, match=f"^{lib}: .*; chmod go-w {lib}$"):
+        read_settings({}, str(tmp_path / "bgtasks.py"))
+    assert sys.path == before
+
+
 def test_an_argument_wins_and_the_last_of_equal_keys(tmp_path):
     found = settings(tmp_path, "cron_sleep = 3\ncron_sleep = 4\nmax_parallel = 2", max_parallel="5")
     assert (found.cron_sleep, found.max_parallel) == (4, 5)

@@ -24,19 +24,6 @@ DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 CONTRIB = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "contrib").rglob("README.md"))
 PAGES = ["README.md", *DOCS, *CONTRIB]
 
-# What pages name before it is there; this list goes with the last of it.
-COMING = (
-    "contrib/cron",
-    "contrib/docker",
-    "contrib/launchd",
-    "contrib/logrotate",
-    "contrib/migrate",
-    "contrib/monitoring",
-    "contrib/systemd",
-    "contrib/windows",
-    "contrib/zipapp",
-    "contrib/tasks/README.md",
-)
 # Pages whose examples need servers, databases, dates or root: which tests run them.
 ELSEWHERE = {
     "contrib/migrate": ("test_migrate.py",),
@@ -72,20 +59,8 @@ NOT_RUN = {
 ANSWERS = {"admin add anna": "correct horse\n"}
 
 
-def is_missing(path):
-    return path.startswith(COMING) and not (ROOT / path).exists()
-
-
 def blocks(page):
     return blocks_of((ROOT / page).read_text(), page)
-
-
-def until_what_is_missing(page):
-    """Yield the examples of a page, up to the first that needs what is not there yet."""
-    for block in blocks(page):
-        if any(map(is_missing, re.findall(r"contrib/[\w/.-]+", block.text))):
-            return
-        yield block
 
 
 def needs_croniter(page):
@@ -113,12 +88,12 @@ def test_a_page_does_what_it_says(page, tmp_path):
         pytest.importorskip("croniter", reason="croniter is not installed")
     has_tasks = page in ("README.md", "docs/upgrade-and-backup.md")
     story = Story(tmp_path, not_run=NOT_RUN, answers=ANSWERS, with_tasks=has_tasks)
-    if "coming-from-" in page and not is_missing("contrib/migrate"):
+    if "coming-from-" in page:
         furnish(story)
     with MailSink() as sink:
         where = " ".join(f"--{line.replace(' = ', '=')}" for line in sink.params().splitlines())
         story.ends = {"sendmail --now you@example.org": f" {where}"}
-        story.run(until_what_is_missing(page))
+        story.run(blocks(page))
 
 
 STORY = """\
@@ -194,20 +169,14 @@ def test_a_story_changes_nothing_of_the_machine(tmp_path):
 def test_an_example_that_is_not_run_has_a_reason_that_is_needed():
     lines = [line for page in STORIES for block in blocks(page) for line in block.lines]
     unused = [start for start in NOT_RUN if not any(line.startswith(start) for line in lines)]
-    assert not unused or any(map(is_missing, COMING))
+    assert not unused
 
 
 @pytest.mark.parametrize("folder", ELSEWHERE)
 def test_a_page_that_is_run_elsewhere_is(folder):
-    if is_missing(f"{folder}/README.md"):
-        return
     assert blocks(f"{folder}/README.md")
     for file in ELSEWHERE[folder]:
         assert "README" in (ROOT / "tests" / file).read_text()
-
-
-def test_nothing_is_said_to_be_missing_once_all_is_there():
-    assert not COMING or any(map(is_missing, COMING)), "all is there: delete COMING"
 
 
 def test_the_page_about_windows_says_what_the_program_says():
@@ -235,7 +204,7 @@ def test_every_link_leads_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", sentences(page)):
         path, _, anchor = link.partition("#")
         target = os.path.relpath(ROOT / os.path.dirname(page) / path, ROOT) if path else page
-        if "://" in path or is_missing(target):
+        if "://" in path:
             continue
         assert (ROOT / target).exists(), f"{page}: {link}"
         assert not anchor or anchor in anchors(target), f"{page}: {link}"

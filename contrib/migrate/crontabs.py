@@ -150,7 +150,7 @@ def add_environment(draft: Draft, env: Mapping[str, str]) -> None:
 
 def add_receivers(draft: Draft, text: str) -> None:
     try:
-        told = bgtasks.read_receivers(text)
+        told = list(bgtasks.read_addresses(text))
     except ValueError as error:
         draft.notes.append(f"MAILTO is not carried over: {error}")
         return

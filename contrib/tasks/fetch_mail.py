@@ -516,8 +516,9 @@ class Pop3:
         self._server.pass_(options.password)
 
     def _connected(self) -> poplib.POP3:
-        # Python's own limit of 2,048 bytes refuses messages that the net is full of
-        poplib._MAXLINE = self.options.largest + 1024  # noqa: SLF001 - there is no other way
+        # Python's own limit of 2,048 bytes refuses messages that the net is full of, and poplib has
+        # no other way to raise it
+        poplib._MAXLINE = self.options.largest + 1024  # type: ignore[attr-defined] # noqa: SLF001
         if self.options.security == "tls":
             return poplib.POP3_SSL(**place(self.options), context=verified(self.options))
         server = poplib.POP3(**place(self.options))

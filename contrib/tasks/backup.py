@@ -792,9 +792,8 @@ def rotate(name: str, archive: str, options: Options) -> int:
     """Remove what need not be kept, but never the archive just made; return how many."""
     (newest,) = archives_of(name, [archive])
     archives = archives_of(name, os.listdir(options.target))
-    future = newest.made + timedelta(
-        days=1
-    )  # then the clock went wrong, and nobody knows their age
+    # what seems to be made later shows that the clock went wrong, and nobody knows its age
+    future = newest.made + timedelta(days=1)
     archives = [found for found in archives if found.made < future]
     stay = {archive, *(kept.file for kept in to_keep(archives, options))}
     old = [found.file for found in archives if found.file not in stay]

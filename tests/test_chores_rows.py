@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 import sql_servers
+import trustme
 from chores import (
     Chore,
     context,
@@ -452,6 +453,31 @@ def test_a_password_is_used_and_not_shown(served):
     assert "\n" not in str(caught.value)
     served.purge(database=locked, password=sql_servers.PASSWORD)
     assert served.left() == []
+
+
+@pytest.mark.xdist_group("mysql")
+def test_with_a_ca_the_server_must_prove_its_name(servers, tmp_path):
+    servers("mysql")  # it says what is missing
+    authority, ca_file, other = trustme.CA(), tmp_path / "ca", tmp_path / "other"
+    authority.cert_pem.write_to_path(ca_file)
+    trustme.CA().cert_pem.write_to_path(other)
+    with sql_servers.running("mysql", authority.issue_cert("db.example.org")) as server:
+        server.create("app")
+        with closing(Here("mysql", server, None)) as table:
+            table.make().put(moment(31))
+            address = table.options["database"]
+            named = address.replace("@localhost", "@db.example.org")
+            for wrong, why in (
+                (f"{address}&ssl_ca={ca_file}", "certificate is not valid for 'localhost'"),
+                (f"{named}&ssl_ca={other}", "certificate verify failed"),
+                (f"{named}&ssl_ca={tmp_path}/gone", "gone is no file; mend the path"),
+                (f"{named}&ssl_ca=", "is no file; mend the path"),
+            ):
+                with pytest.raises(purge_rows.DatabaseError, match=why):
+                    table.purge(database=wrong)
+            assert table.left() == [1]
+            table.purge(database=f"{named}&ssl_ca={ca_file}")
+            assert table.left() == []
 
 
 def test_it_works_as_a_task_with_an_example_of_the_readme(site, sqlite):

@@ -98,8 +98,20 @@ class MariaDB(Server):
             *(MARIADB, "--no-defaults", f"--datadir={self.data}", f"--socket={self.socket}"),
             *("--skip-networking", f"--pid-file={self.folder}/pid", "--innodb-buffer-pool-size=8M"),
             *("--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync"),
-            *("--innodb-log-file-size=4M", f"--tmpdir={self.folder}"),
+            *("--innodb-log-file-size=4M", f"--tmpdir={self.folder}", *self.secured),
         ]
+
+    secured = ()
+
+    def secure(self, certificate):
+        """Let it offer TLS, also on its socket, when it starts."""
+        for name, blob in (
+            ("cert", certificate.cert_chain_pems[0]),
+            ("key", certificate.private_key_pem),
+        ):
+            blob.write_to_path(self.folder / name)
+            (self.folder / name).chmod(0o644)  # a folder that nobody else can enter
+        self.secured = (f"--ssl-cert={self.folder}/cert", f"--ssl-key={self.folder}/key")
 
     def prepare(self):
         options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
@@ -157,9 +169,11 @@ class PostgreSQL(Server):
 
 
 @contextmanager
-def running(kind):
+def running(kind, certificate=None):
     with tempfile.TemporaryDirectory(prefix="sql", dir=MEMORY) as folder:
         server = {"mysql": MariaDB, "postgresql": PostgreSQL}[kind](Path(folder))
+        if certificate:
+            server.secure(certificate)
         try:
             server.prepare()
             yield server

@@ -3,13 +3,13 @@
 import os
 import sqlite3
 import sys
-import tempfile
 import threading
 import time
 from contextlib import ExitStack, closing
 
 import pytest
 import sql_servers
+import trustme
 from chores import (
     Chore,
     context,
@@ -53,9 +53,7 @@ def servers():
                 pytest.skip(why)
             assert not why, why
             if kind not in started:
-                with pytest.MonkeyPatch.context() as patched:  # also what MariaDB keeps elsewhere
-                    patched.setenv("TMPDIR", sql_servers.MEMORY or tempfile.gettempdir())
-                    started[kind] = stack.enter_context(sql_servers.running(kind))
+                started[kind] = stack.enter_context(sql_servers.running(kind))
                 started[kind].create("app")
                 with closing(started[kind].connect(user="test")) as connection:
                     connection.cursor().execute(WEST[kind])
@@ -104,13 +102,13 @@ class Here:
         self.kind, self.server, self.file = kind, server, file
         self.quote = '"' if kind == "postgresql" else "`"
         self.mark = "?" if kind == "sqlite" else "%s"
-        self.options = {"kind": kind, "database": str(file), "column": "made_at"}
-        self.options["older_than"] = "30 d"
-        if kind == "mysql":
-            self.options.update(database="app", host=str(server.socket), user="test")
-        elif kind == "postgresql":
-            self.options.update(database="postgres", host=str(server.folder), user="test")
+        self.options = {"database": self.address(), "column": "made_at", "older_than": "30 d"}
         self.connection = self.connect()
+
+    def address(self, user="test"):
+        if self.kind == "sqlite":
+            return str(self.file)
+        return self.server.url("app" if self.kind == "mysql" else "public", user)
 
     def connect(self):
         if self.kind == "sqlite":
@@ -235,7 +233,7 @@ def test_what_the_database_says_is_one_line(table, wrong):
     with pytest.raises(purge_rows.DatabaseError) as caught:
         table.purge(**wrong)
     text = str(caught.value)
-    assert text.startswith(f"{table.kind}, {table.options['database']}, ")
+    assert text.startswith(f"{table.options['database']}, {wrong.get('table', 'log')}: ")
     assert "\n" not in text
     assert table.left() == [1]
 
@@ -436,22 +434,50 @@ def test_a_long_bite_is_followed_by_a_smaller_one(tmp_path):
     assert Slow.asked == [100, 50, 25, 12, 6]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("postgresql", "psycopg"), ("mysql", "pymysql")])
+@pytest.mark.parametrize(("kind", "name"), [("postgresql", "psycopg"), ("mysql", "PyMySQL")])
 def test_a_missing_driver_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, kind, name):
-    monkeypatch.setitem(sys.modules, name, None)
-    options = {**GOOD, "kind": kind, "database": "app"}
-    with pytest.raises(ValueError, match=rf"options.kind: needs {name}: .* -m pip install '{name}"):
+    monkeypatch.setitem(sys.modules, name.lower(), None)
+    options = {**GOOD, "database": f"{kind}://me@localhost/app"}
+    wanted = rf"^options.database: needs {name.lower()}: .* -m pip install '{name}"
+    with pytest.raises(purge_rows.DatabaseError, match=wanted):
         purge_rows.run(context(tmp_path, options))
 
 
 def test_a_password_is_used_and_not_shown(served):
     served.make().put(moment(31))
-    with pytest.raises(purge_rows.DatabaseError) as caught:
-        served.purge(user="locked", password="locked")
+    locked = served.address("locked")
+    with pytest.raises(purge_rows.DatabaseError, match="^options.database: ") as caught:
+        served.purge(database=locked, password="locked")
     assert "***" in str(caught.value)
     assert "locked" not in str(caught.value)
-    served.purge(user="locked", password=sql_servers.PASSWORD)
+    assert "\n" not in str(caught.value)
+    served.purge(database=locked, password=sql_servers.PASSWORD)
     assert served.left() == []
+
+
+@pytest.mark.xdist_group("mysql")
+def test_with_a_ca_the_server_must_prove_its_name(servers, tmp_path):
+    servers("mysql")  # it says what is missing
+    authority, ca_file, other = trustme.CA(), tmp_path / "ca", tmp_path / "other"
+    authority.cert_pem.write_to_path(ca_file)
+    trustme.CA().cert_pem.write_to_path(other)
+    with sql_servers.running("mysql", authority.issue_cert("db.example.org")) as server:
+        server.create("app")
+        with closing(Here("mysql", server, None)) as table:
+            table.make().put(moment(31))
+            address = table.options["database"]
+            named = address.replace("@localhost", "@db.example.org")
+            for wrong, why in (
+                (f"{address}&ssl_ca={ca_file}", "certificate is not valid for 'localhost'"),
+                (f"{named}&ssl_ca={other}", "certificate verify failed"),
+                (f"{named}&ssl_ca={tmp_path}/gone", "gone is no file; mend the path"),
+                (f"{named}&ssl_ca=", "is no file; mend the path"),
+            ):
+                with pytest.raises(purge_rows.DatabaseError, match=why):
+                    table.purge(database=wrong)
+            assert table.left() == [1]
+            table.purge(database=f"{named}&ssl_ca={ca_file}")
+            assert table.left() == []
 
 
 def test_it_works_as_a_task_with_an_example_of_the_readme(site, sqlite):
@@ -475,10 +501,19 @@ GOOD = {"database": __file__, "table": "log", "column": "made_at", "older_than":
 
 
 BAD = [
-    ("kind", {"kind": "oracle"}),
     ("database", {"database": ""}),
-    ("port", {"port": 65536}),
-    ("ca_file", {"ca_file": "/does/not/exist"}),
+    ("database", {"database": "app.db"}),
+    ("database", {"database": "/does/not/exist.db"}),
+    ("database", {"database": "oracle://me@host/app"}),
+    ("database", {"database": "mysql://me@host/"}),
+    ("database", {"database": "postgresql://me@host"}),
+    ("database", {"database": "mysql://me@host:x/app"}),
+    ("database", {"database": "postgresql://me@host:65536/app"}),
+    ("database", {"database": "mysql://me@host/app?local_infile=1"}),
+    ("database", {"database": "mysql://me:12345678@host/app"}),
+    ("database", {"database": "postgresql://me@host/app?password=12345678"}),
+    ("password", {"password": 12345678}),
+    ("kind", {"kind": "mysql"}),
     ("table", {"table": ""}),
     ("column", {"column": ""}),
     ("stored_as", {"stored_as": "text"}),

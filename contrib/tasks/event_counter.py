@@ -228,13 +228,17 @@ def one_line(where: str, errors: type[Exception]) -> Iterator[None]:
         raise DatabaseError(f"{where}: {text}") from None
 
 
-def connect(address: str, password: str) -> Any:
-    """Return a connection in which each statement commits by itself."""
+def connect(address: str, password: str, answer_seconds: int | None = None) -> Any:
+    """Return a connection in which each statement commits by itself; MySQL may be given seconds
+    for an answer, as it has no limit of its own for a statement."""
     url = urlsplit(address)
     if url.scheme == "postgresql":
         psycopg, secret = driver("psycopg"), {"password": password} if password else {}
         return psycopg.connect(address, autocommit=True, connect_timeout=CONNECT_SECONDS, **secret)
     if url.scheme == "mysql":
+        more = dict(parse_qsl(url.query, keep_blank_values=True))
+        if "ssl_ca" in more and not os.path.isfile(more["ssl_ca"]):
+            raise RuntimeError(f"ssl_ca: {more['ssl_ca']} is no file; mend the path")
         return driver("pymysql").connect(
             host=url.hostname or "localhost",
             port=url.port or 3306,
@@ -243,7 +247,9 @@ def connect(address: str, password: str) -> Any:
             database=unquote(url.path[1:]),
             autocommit=True,
             connect_timeout=CONNECT_SECONDS,
-            **dict(parse_qsl(url.query)),
+            read_timeout=answer_seconds,
+            unix_socket=more.get("unix_socket"),
+            ssl={"ca": more["ssl_ca"]} if "ssl_ca" in more else None,  # checks the name, too
         )
     uri = f"file:{quote(address)}?mode=rw"  # a wrong path makes no new file
     db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=CONNECT_SECONDS)
@@ -256,7 +262,8 @@ def driver(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = {"psycopg": "psycopg[binary]", "pymysql": "PyMySQL"}[module]
-        raise RuntimeError(f"needs a driver: pip install '{package}'") from None
+        text = f"needs {module}: {sys.executable} -m pip install '{package}'"
+        raise RuntimeError(text) from None
 
 
 # --- options

@@ -5,13 +5,8 @@
 # timeout = "6 h"
 #
 # [tool.bgtasks.options]
-# kind = "sqlite"        # or "postgresql" (needs psycopg), "mysql" (MariaDB too; needs pymysql)
-# database = ""          # its name; with SQLite the path of the file
-# host = ""              # empty: this machine; one that begins with / is a socket
-# port = 0               # 0: the usual one
-# user = ""
+# database = ""          # path of an SQLite file, or postgresql://user@host/name, or mysql://...
 # password = ""          # not here: task.purge_rows.options.password = ... in the param file
-# ca_file = ""           # with it, the server must prove its name by TLS
 # schema = ""            # empty: where the database looks by itself
 # table = ""
 # column = ""            # tells when a row became old; it should have an index
@@ -35,17 +30,17 @@ or no number with "seconds" and "milliseconds".
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
 import sqlite3
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, Callable, NamedTuple
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 LONG = 0.5  # seconds for a transaction; then the next one is smaller
 PATIENCE = 5  # seconds to wait for a lock that somebody else holds
@@ -56,7 +51,7 @@ SECONDS = {"min": 60, "h": 3600, "d": 86400}
 UNITS = {"seconds": 1, "milliseconds": 1000}
 MYSQL_DATES = (7, 10, 12)  # in its protocol: timestamp, date, datetime
 MYSQL_NUMBERS = (0, 1, 2, 3, 4, 5, 8, 9, 246)
-DRIVERS = ("sqlite3", "psycopg", "pymysql")
+MYSQL_OPTIONS = {"unix_socket", "ssl_ca"}  # what may follow ? in mysql://...
 
 
 class DatabaseError(Exception):
@@ -65,16 +60,15 @@ class DatabaseError(Exception):
 
 def run(task: Any) -> str | None:
     options = read_options(task.options)
+    kind = urlsplit(options.database).scheme or "sqlite"
     try:
-        with closing(KINDS[options.kind](options, time.time())) as table:
+        with contextlib.closing(KINDS[kind](options, time.time())) as table:
             table.connect()
             if options.dry_run:
                 return f"{table.count()} rows would be removed"
             return purge(task, table, options.rows_at_once)
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in DRIVERS:  # they share no class
-            raise
-        raise DatabaseError(said(error, options)) from None
+    except DatabaseError as error:
+        raise DatabaseError(hidden(str(error), options.password)) from None
 
 
 def purge(task: Any, table: Table, most: int) -> str | None:
@@ -94,20 +88,8 @@ def purge(task: Any, table: Table, most: int) -> str | None:
     return task.MORE
 
 
-def said(error: Exception, options: Options) -> str:
-    """Return what a driver said, on one line and without the password."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if options.password:
-        text = text.replace(options.password, "***")
-    return f"{options.kind}, {options.database}, {options.table}: {text}"
-
-
-def driver(name: str, package: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        text = f"needs {name}: {sys.executable} -m pip install '{package}'"
-        raise ValueError(f"options.kind: {text}") from None
+def hidden(text: str, password: str) -> str:
+    return text.replace(password, "***") if password else text
 
 
 # --- tables
@@ -138,13 +120,23 @@ class Table:
         return sql if self.mark == "?" else sql.replace("%", "%%")
 
     def connect(self) -> None:
-        """Connect so that times are read as they are meant, and no lock is waited for long."""
+        with one_line("options.database", Exception):  # each driver has its own
+            self.connection = connect(self.options.database, self.options.password, LONGEST)
+        with self._said():
+            self.prepare()
+
+    def _said(self) -> contextlib.AbstractContextManager[None]:
+        return one_line(f"{self.options.database}, {self.options.table}", self.connection.Error)
+
+    def prepare(self) -> None:
+        """See that times are read as they are meant, and no lock is waited for long."""
 
     def execute(self, sql: str, times: int = 1) -> Any:
         """Run a statement in which the condition stands so many times."""
-        cursor = self.connection.cursor()
-        cursor.execute(sql, self.values * times)
-        return cursor
+        with self._said():
+            cursor = self.connection.cursor()
+            cursor.execute(sql, self.values * times)
+            return cursor
 
     def count(self) -> int:
         sql = f"SELECT count(*) FROM {self.name} WHERE {self.condition}"  # noqa: S608 - quoted
@@ -166,9 +158,8 @@ class Sqlite(Table):
     mark = "?"
     quotes = "`"
 
-    def connect(self) -> None:
-        uri = f"file:{quote(self.options.database)}?mode=rw"  # else a wrong path would be created
-        self.connection = sqlite3.connect(uri, timeout=PATIENCE, uri=True, isolation_level=None)
+    def prepare(self) -> None:
+        self.connection.execute(f"PRAGMA busy_timeout = {PATIENCE * 1000}")
         self.connection.execute("PRAGMA foreign_keys = ON")
         if self.options.stored_as in UNITS:
             self.condition += f" AND typeof({self.column}) IN ('integer', 'real')"
@@ -198,20 +189,7 @@ class Sqlite(Table):
 class Postgresql(Table):
     """PostgreSQL. It compares no text and no number with a time, and says so."""
 
-    def connect(self) -> None:
-        psycopg, options = driver("psycopg", "psycopg[binary]"), self.options
-        given = {
-            "dbname": options.database,
-            "host": options.host,
-            "port": options.port,
-            "user": options.user,
-            "password": options.password,
-            "sslrootcert": options.ca_file,
-            "sslmode": "verify-full" if options.ca_file else "",
-            "connect_timeout": CONNECT_SECONDS,
-        }
-        given = {key: value for key, value in given.items() if value}
-        self.connection = psycopg.connect(**given, autocommit=True)
+    def prepare(self) -> None:
         self.connection.execute(f"SET lock_timeout = '{PATIENCE}s'")
         self.connection.execute(f"SET statement_timeout = '{LONGEST}s'")
         self.connection.execute(f"SET TIME ZONE INTERVAL '{self.zone}' HOUR TO MINUTE")
@@ -229,21 +207,7 @@ class Mysql(Table):
 
     quotes = "`"
 
-    def connect(self) -> None:
-        pymysql, options = driver("pymysql", "pymysql"), self.options
-        socket = options.host if options.host.startswith("/") else None
-        self.connection = pymysql.connect(
-            database=options.database,
-            host="localhost" if socket else options.host or "localhost",
-            port=options.port or 3306,
-            unix_socket=socket,
-            user=options.user or None,
-            password=options.password,
-            ssl={"ca": options.ca_file, "check_hostname": True} if options.ca_file else None,
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=LONGEST,
-            autocommit=True,
-        )
+    def prepare(self) -> None:
         with self.connection.cursor() as cursor:
             # without it, rows that are only looked at would be locked too
             cursor.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
@@ -276,7 +240,58 @@ def limits(options: Options, last: datetime) -> tuple[Any, Any]:
         unit = UNITS[options.stored_as]
         return int(NEVER.timestamp()) * unit, int(last.timestamp()) * unit
     first, last = (moment.astimezone(last.tzinfo).replace(tzinfo=None) for moment in (NEVER, last))
-    return (str(first), str(last)) if options.kind == "sqlite" else (first, last)
+    return (str(first), str(last)) if options.database.startswith("/") else (first, last)
+
+
+# --- the database
+
+
+@contextlib.contextmanager
+def one_line(where: str, errors: type[Exception]) -> Iterator[None]:
+    """Say on one line what a driver says on several."""
+    try:
+        yield
+    except errors as error:
+        text = " ".join(str(error.args[-1] if error.args else error).split())
+        raise DatabaseError(f"{where}: {text}") from None
+
+
+def connect(address: str, password: str, answer_seconds: int | None = None) -> Any:
+    """Return a connection in which each statement commits by itself; MySQL may be given seconds
+    for an answer, as it has no limit of its own for a statement."""
+    url = urlsplit(address)
+    if url.scheme == "postgresql":
+        psycopg, secret = driver("psycopg"), {"password": password} if password else {}
+        return psycopg.connect(address, autocommit=True, connect_timeout=CONNECT_SECONDS, **secret)
+    if url.scheme == "mysql":
+        more = dict(parse_qsl(url.query, keep_blank_values=True))
+        if "ssl_ca" in more and not os.path.isfile(more["ssl_ca"]):
+            raise RuntimeError(f"ssl_ca: {more['ssl_ca']} is no file; mend the path")
+        return driver("pymysql").connect(
+            host=url.hostname or "localhost",
+            port=url.port or 3306,
+            user=unquote(url.username or ""),
+            password=password,
+            database=unquote(url.path[1:]),
+            autocommit=True,
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=answer_seconds,
+            unix_socket=more.get("unix_socket"),
+            ssl={"ca": more["ssl_ca"]} if "ssl_ca" in more else None,  # checks the name, too
+        )
+    uri = f"file:{quote(address)}?mode=rw"  # a wrong path makes no new file
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=CONNECT_SECONDS)
+    db.text_factory = lambda content: content.decode("utf-8", "replace")
+    return db
+
+
+def driver(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = {"psycopg": "psycopg[binary]", "pymysql": "PyMySQL"}[module]
+        text = f"needs {module}: {sys.executable} -m pip install '{package}'"
+        raise RuntimeError(text) from None
 
 
 # --- options
@@ -285,13 +300,8 @@ def limits(options: Options, last: datetime) -> tuple[Any, Any]:
 class Options(NamedTuple):
     """The options with their defaults, for who leaves some of them out."""
 
-    kind: str = "sqlite"
     database: str = ""
-    host: str = ""
-    port: int = 0
-    user: str = ""
     password: str = ""
-    ca_file: str = ""
     schema: str = ""
     table: str = ""
     column: str = ""
@@ -300,6 +310,23 @@ class Options(NamedTuple):
     where: str = ""
     rows_at_once: int = 500
     dry_run: bool = False
+
+
+def is_database(address: str) -> bool:
+    """Tell whether this is a path from the root on, or a URL with nothing in it that is unknown."""
+    try:
+        url = urlsplit(address)
+        known = {"postgresql": True, "mysql": dict(parse_qsl(url.query)).keys() <= MYSQL_OPTIONS}
+        return address.startswith("/") or bool(
+            known.get(url.scheme) and url.path[1:] and url.port != 0
+        )
+    except ValueError:
+        return False
+
+
+def has_password(address: str) -> bool:
+    url = urlsplit(address)
+    return url.password is not None or "password" in dict(parse_qsl(url.query))
 
 
 def read_seconds(text: str) -> int:
@@ -319,15 +346,21 @@ def is_closed(sql: str) -> bool:
 
 
 RULES: tuple[tuple[str, Callable[[Options], object], str], ...] = (
-    ("kind", lambda o: o.kind in KINDS, 'must be "sqlite", "postgresql" or "mysql"'),
-    ("database", lambda o: o.database, "is empty; name the database, or the file of SQLite"),
     (
         "database",
-        lambda o: o.kind != "sqlite" or os.path.isfile(o.database),
+        lambda o: is_database(o.database),
+        "must be the path of an SQLite file, postgresql://user@host/name or mysql://user@host/name",
+    ),
+    (
+        "database",
+        lambda o: not has_password(o.database),
+        "must not hold the password, which others could see; set options.password",
+    ),
+    (
+        "database",
+        lambda o: urlsplit(o.database).scheme or os.path.isfile(o.database),
         "is no file; mend the path",
     ),
-    ("port", lambda o: o.port < 65536, "must be from 0 (the usual one) to 65535"),
-    ("ca_file", lambda o: not o.ca_file or os.path.isfile(o.ca_file), "is no file; mend the path"),
     ("table", lambda o: o.table, "is empty; name the table"),
     ("column", lambda o: o.column, "is empty; name the column that tells when a row became old"),
     (

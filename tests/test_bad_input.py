@@ -14,6 +14,8 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from conftest import PROGRAM, wait_for
@@ -304,15 +306,24 @@ def test_row_62_the_callers_environment_does_not_reach_tasks(site):
     assert not set(hostile) & set(site.log("a").split())
 
 
-def test_row_67_a_program_that_runs_with_rights_of_another_is_77(site):
-    code = (
-        f"import os, sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import bgtasks\n"
-        f"os.setresuid(0, 65534, 0)\n"
-        f"sys.exit(bgtasks.main(['--param_file={site.params}']))"
-    )
-    site.folder.chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 77, done
+def test_row_67_a_program_that_runs_with_rights_of_another_is_77():
+    # it must be refused for that, not because it cannot read what it needs
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "cron.params").write_text("node = here\n")
+        Path(folder, "tasks.d").mkdir()
+        code = (
+            f"import os, sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import bgtasks\n"
+            f"words = ['--param_file={folder}/cron.params', '--status_only']\n"
+            "assert bgtasks.main(words) == 0  # with all that this imports\n"
+            "os.setresuid(0, 65534, 0)\n"
+            "sys.exit(bgtasks.main(words[:1]))"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (77, 1), done
+        assert "runs with another user's rights (setuid)" in done.stderr
+        assert sorted(os.listdir(folder)) == ["cron.params", "tasks.d"]
 
 
 def test_a_state_that_is_deleted_while_a_runner_works_is_74(used):

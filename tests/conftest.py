@@ -1,5 +1,6 @@
 """What the tests share: a clock they move, and an installation of their own with real processes."""
 
+import importlib
 import json
 import os
 import sqlite3
@@ -204,9 +205,19 @@ def umask():
     os.umask(before)
 
 
+def import_what_comes_late():
+    """Who becomes somebody else needs this first: Python's own files may be out of reach then."""
+    modules = "_strptime ctypes email.message email.policy email.utils getpass grp http.client pwd"
+    modules += " resource select shlex smtplib ssl traceback urllib.request zlib zoneinfo"
+    encodings = ("ascii", "cp437", "idna", "latin_1", "utf_8_sig")
+    for name in (*modules.split(), *(f"encodings.{name}" for name in encodings)):
+        importlib.import_module(name)
+
+
 @contextmanager
 def somebody_else(uid=65534):
     """For a while, this process has the rights of another user."""
+    import_what_comes_late()
     os.seteuid(uid)
     try:
         yield

@@ -5,7 +5,6 @@ A kill at every second step, and more archives that are damaged:
 BGTASKS_FULL=1 python -m pytest tests/test_backup.py
 """
 
-import codecs
 import contextlib
 import gzip
 import importlib.util
@@ -498,15 +497,19 @@ def somebody_who_cannot_read(saved):
         yield
         return
     saved.target.chmod(0o777)
-    for folder in [saved.folder, *saved.folder.parents]:
-        if folder == saved.folder or folder.name.startswith(("pytest-", "popen-")):  # never /tmp
-            folder.chmod(0o755)
-    for name in ("ascii", "cp437"):
-        codecs.lookup(name)  # somebody else may not read Python's own files
+    of_tests = ("pytest-", "popen-")  # never /tmp
+    above = [path for path in saved.folder.parents if path.name.startswith(of_tests)]
+    modes = {path: path.stat().st_mode for path in above}
+    for path in (saved.folder, *above):
+        path.chmod(0o755)
     (saved.folder / "live.report").touch()
     (saved.folder / "live.report").chmod(0o666)
-    with somebody_else():
-        yield
+    try:
+        with somebody_else():
+            yield
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)
 
 
 @only_root

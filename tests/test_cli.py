@@ -12,7 +12,7 @@ import time
 from datetime import datetime
 
 import pytest
-from conftest import PROGRAM, FakeClock, far_away, wait_for
+from conftest import PROGRAM, FakeClock, far_away, import_what_comes_late, wait_for
 
 import bgtasks
 
@@ -684,6 +684,7 @@ def test_a_state_of_somebody_else_is_not_shown(site):
     os.mkdir(os.path.join(folder, "state"), 0o700)
     call = call._replace(values={**call.values, "state_dir": os.path.join(folder, "state")})
     before = os.getresuid()
+    import_what_comes_late()
     os.setresuid(65534, 65534, 0)
     try:
         with pytest.raises(bgtasks.RefusedError, match="belongs to somebody else"):

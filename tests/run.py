@@ -36,7 +36,7 @@ def main():
         return 0
     coverage = [python, "-m", "coverage"]
     subprocess.run([*coverage, "erase"], cwd=HERE, check=True)
-    arguments = sys.argv[1:] or ["-n", "3", "--dist", "worksteal"]
+    arguments = sys.argv[1:] or ["-n", "4", "--dist", "worksteal"]
     tests = subprocess.run([*coverage, "run", "-m", "pytest", *arguments], cwd=HERE, check=False)
     subprocess.run([*coverage, "combine", "--quiet"], cwd=HERE, check=False)
     report = subprocess.run([*coverage, "report"], cwd=HERE, check=False)

@@ -9,6 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -212,6 +213,24 @@ def test_a_server_that_is_slow_or_hangs_up_is_named(monkeypatch):
     monkeypatch.setattr(certificate_expiry, "NETWORK_SECONDS", 1)
     with answering(drip) as host:
         assert expiring(hosts=[host]) == f"1 of 1: {host}: did not answer within 1 s"
+
+
+@pytest.mark.parametrize("module", [certificate_expiry, url_check, fetch_feed])
+def test_an_alarm_that_came_between_two_reads_comes_again(module):
+    code = f"""
+import signal, sys, time
+sys.path.insert(0, {str(FOLDER)!r})
+from {module.__name__} import within
+with within(1):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    signal.sigwait([signal.SIGALRM])  # nobody saw it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    time.sleep(120)
+"""
+    done = subprocess.run(
+        [sys.executable, "-Bc", code], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.endswith("TimeoutError: did not answer within 1 s\n")
 
 
 def test_certificates_in_files(authority, tmp_path):

@@ -109,7 +109,8 @@ def within(seconds: int) -> Iterator[None]:
         raise TimeoutError(f"did not answer within {seconds} s")
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # and again each second: OpenSSL does not see an alarm that comes between two of its reads
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     finally:

@@ -1054,6 +1054,28 @@ def test_nothing_is_restored_outside_of_the_folder(tmp_path, members):
         assert path.resolve().is_relative_to(tmp_path / "restored")
 
 
+@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="this Python has none")
+def test_where_tarfile_has_no_filter_ours_does_the_same(tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    names = ("a", "/a", "b/../a", "../a", "b/../../a", "/../a", "link/a")
+    targets = ("", "a", "../a", "b/../../a", "/etc", "link/../../a")
+    kinds = (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)
+    for name, target, kind, mode in itertools.product(names, targets, kinds, (0o6777, 0o66)):
+
+        def told(safe):
+            member = tarfile.TarInfo(name)  # noqa: B023 - it is called at once
+            member.type, member.mode, member.linkname = kind, mode, target  # noqa: B023
+            try:
+                found = safe(member, str(folder))
+            except (tarfile.FilterError, OSError) as error:
+                return getattr(error, "strerror", type(error).__name__)
+            return found.name, found.mode if found.isreg() else 0
+
+        assert told(backup.data_filter) == told(tarfile.data_filter), (name, target, kind)
+
+
 def test_links_that_the_filter_of_tarfile_takes_for_harmless_lead_nowhere(tmp_path):
     """CVE-2025-4517: a path that is too long for the system was not looked at to its end."""
     (tmp_path / "outside").write_text("as it was")

@@ -419,7 +419,7 @@ def test_the_sdist_holds_all_that_is_kept(dist):
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         there = {name.partition("/")[2] for name in archive.getnames()}
-    assert set(done.stdout.split()) - there - {"CONTRIBUTING.md"} == set()
+    assert set(done.stdout.split()) - there == set()
 
 
 def test_tests_run_from_the_sdist_alone(dist, tmp_path):

@@ -840,8 +840,6 @@ FATAL = (None, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 def restore(archive: str, folder: str) -> int:
     """Unpack into a new folder; return how many members were left out."""
-    if not hasattr(tarfile, "data_filter"):
-        raise BackupError("this Python cannot restore safely; update it: at least to 3.9.17")
     kinds = [kind for suffix, kind in FORMATS.items() if archive.endswith(f".{suffix}")]
     if not kinds:
         raise BackupError("is no archive, by its name; .tar.gz and .zip can be read")
@@ -850,7 +848,7 @@ def restore(archive: str, folder: str) -> int:
     for member, content in kinds[0].members(archive):
         try:
             unpack(member, content, folder)
-        except (tarfile.FilterError, OSError) as error:
+        except (getattr(tarfile, "FilterError", OSError), OSError) as error:
             if getattr(error, "errno", 0) in FATAL:
                 raise
             reason = getattr(error, "strerror", type(error).__name__)
@@ -860,9 +858,31 @@ def restore(archive: str, folder: str) -> int:
     return left_out
 
 
+def data_filter(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """Do what tarfile's own does, which Pythons before 3.9.17, 3.10.12 and 3.11.4 do not have."""
+    name = member.name.lstrip("/")
+    refuse_outside(folder, name, "OutsideDestinationError")
+    if member.islnk() or member.issym():
+        if os.path.isabs(member.linkname):
+            raise OSError(errno.EPERM, "AbsoluteLinkError")
+        beside = os.path.dirname(name) if member.issym() else ""
+        target = os.path.join(beside, member.linkname)
+        refuse_outside(folder, target, "LinkOutsideDestinationError")
+    elif not (member.isreg() or member.isdir()):
+        raise OSError(errno.EPERM, "SpecialFileError")
+    runs = 0o755 if member.mode & 0o100 else 0o644
+    member.name, member.mode = name, member.mode & runs | 0o600
+    return member
+
+
+def refuse_outside(folder: str, name: str, reason: str) -> None:
+    if not lies_in(os.path.realpath(os.path.join(folder, name)), os.path.realpath(folder)):
+        raise OSError(errno.EPERM, reason)
+
+
 def unpack(member: tarfile.TarInfo, content: IO[bytes], folder: str) -> None:
     """Put one member into the folder; the filter raises if it, or what it links to, is outside."""
-    safe = tarfile.data_filter(member, folder)
+    safe = getattr(tarfile, "data_filter", data_filter)(member, folder)
     path = os.path.join(folder, safe.name)
     refuse_links(folder, safe.name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
